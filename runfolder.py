@@ -1,0 +1,164 @@
+"""A run is a folder: configuration, checkpoints, metrics and results, written so that a kill never spoils them.
+
+Everything is JSON, CSV or safetensors; nothing is pickled. A file is written under a temporary name beside its place
+and then moved there, so a reader sees the old file or the new one, never half of one. Randomness is a function of
+(seed, purpose, step), so a checkpoint needs no random state and a resumed run repeats the undisturbed one exactly.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+RUNS = Path("runs")
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend. Its text is one line: what, the value, what is allowed, what to do."""
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks run on `kill`
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"error: {error}: check that the disk has room and the path can be written", file=sys.stderr)
+        sys.exit(2)
+
+
+def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """A CPU generator that depends on (seed, purpose, step) alone: the randomness of one step of one thing."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
+    """The order of `rows` rows in one epoch, (rows,): a function of (seed, epoch)."""
+    return torch.randperm(rows, generator=step_generator(seed, "order", epoch))
+
+
+def batch_rows(rows: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The rows of batch `step`, (batch_size,), from an endless chain of shuffled epochs."""
+    start = step * batch_size
+    parts = []
+    for position in range(start // rows, (start + batch_size - 1) // rows + 1):
+        first = max(start, position * rows) - position * rows
+        last = min(start + batch_size, (position + 1) * rows) - position * rows
+        parts.append(epoch_order(rows, seed, position)[first:last])
+    return torch.cat(parts)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success move it into place, otherwise remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the folder is incomplete; run the command that makes it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its command again") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
+    """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all."""
+    header = {"meta": json.dumps(meta or {})}
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote. Raises `UserError`, naming the file, where it is missing, cut short or not safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("meta", "{}"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the folder is incomplete; run the command that makes it again") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run its command again") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
+    """An optimizer's moments as flat tensors. Hyperparameters are not among them: they come from the configuration."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}/{index}/{key}": torch.as_tensor(value) for index, slots in state.items() for key, value in slots.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer") -> None:
+    """Put the moments of `optimizer_tensors` back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix + "/"):
+            _, index, key = name.rsplit("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class MetricsLog:
+    """`metrics.csv`: one row a step. Reopened at step k, it drops the rows from k on, which the resumed run writes again."""
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        rows: list[list[str]] = []
+        if path.exists() and step > 0:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < step]
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["step", *columns], *rows])
+        self.columns = columns
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.writer.writerow([step, *(f"{values[name]:.6g}" for name in self.columns)])
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises `UserError` for a device that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not available here; use auto, cpu, or cuda on a machine with a GPU") from None
