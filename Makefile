@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up themselves: a virtual environment in .venv and the packages in it.
+PYTHON ?= python3
+RUN := .venv/bin/python
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint bench docs clean
+.DELETE_ON_ERROR:
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else "error: Python %d.%d found; 3.10 to 3.13 is needed: make PYTHON=python3.12 setup" % sys.version_info[:2])'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: setup
+	$(RUN) train.py --out runs/emoji-0.78
+	$(RUN) finetune.py --run runs/emoji-0.78
+	$(RUN) sample.py --run runs/emoji-0.78 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.78/samples
+
+test: setup
+	$(RUN) -m pytest -q
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: setup
+	$(RUN) -m pytest bench/ --benchmark-only
+
+docs: setup
+	$(RUN) docs.py
+
+clean:
+	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,227 @@
+"""The fine-tuning stage: Sec. 3.4 and App. D.5, Eq. 30.
+
+    python finetune.py                       # every expert of the newest run
+    python finetune.py --run runs/emoji-0.78 --expert 3
+
+Each expert is cut out of the teacher and trained, all weights, on the training prompts that the router sends to it, with the
+teacher's output and block outputs as targets. Experts do not depend on each other: one job an expert is fine. A finished expert is not
+trained again; a killed one goes on from its last checkpoint.
+
+Departures from the paper:
+- A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with classifier-free guidance asks the expert about it as
+  well. The paper does not say; 0 trains on captions alone.
+- An expert to which no training prompt is routed is trained on all of them, so that it is fit for `sample.py --expert`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from tqdm import trange
+
+import losses
+from data import load_target
+from gates import ArchSpace
+from prune_unet import BlockRecorder, cut_expert, save_expert
+from runfolder import (
+    MetricsLog,
+    UserError,
+    batch_rows,
+    command_line,
+    load_optimizer,
+    load_tensors,
+    newest_run,
+    optimizer_tensors,
+    pick_device,
+    read_json,
+    save_tensors,
+    step_generator,
+)
+from teacher import Teacher, load_teacher
+from train import Encoded, Noised, add_noise, encode_target
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fine-tuning stage. Fields that say "by target" are filled in from `PRESETS`."""
+
+    run: Path | None = None
+    """Run folder; the newest run if not given."""
+    expert: int | None = None
+    """One expert's number; all of them if not given."""
+    steps: int | None = None
+    """Steps an expert; by target (emoji: 60, paper: 30000)."""
+    batch_size: int | None = None
+    """Images a step; by target (emoji: 32, paper: 128)."""
+    lr: float | None = None
+    """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
+    alpha_ddpm: float = 1e-4
+    """Weight of the denoising loss in Eq. 30 (paper: 1e-4)."""
+    alpha_distill: float = 1.0
+    """Weight of distillation (paper: 1.0)."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {"emoji": {"steps": 60, "batch_size": 32, "lr": 2e-4}}
+TERMS = ("loss", "denoising", "distillation")
+
+
+def expert_path(run: Path, expert: int) -> Path:
+    """Where a run keeps a fine-tuned expert."""
+    return run / "experts" / f"{expert}.safetensors"
+
+
+def load_codes(run: Path, space: ArchSpace) -> Tensor:
+    """The run's binary codes, (N, D). Raises `UserError` where they belong to another U-Net."""
+    tensors, _ = load_tensors(run / "codes.safetensors")
+    codes = tensors["codes"].float()
+    if codes.shape[1] != space.size:
+        raise UserError(f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run is from another teacher")
+    return codes
+
+
+def finetuning_step(
+    teacher: Teacher, expert: UNet2DConditionModel, recorders: tuple[BlockRecorder, BlockRecorder], batch: Noised, cfg: Config
+) -> dict[str, Tensor]:
+    """Eq. 30 for one batch: the loss and its terms, scalars."""
+    with torch.no_grad():
+        teacher_output = teacher.unet(**batch.inputs()).sample
+    output = expert(**batch.inputs()).sample
+    teacher_blocks, blocks = (recorder.take() for recorder in recorders)
+    denoising = losses.denoising_loss(output, batch.target)  # (B,)
+    distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)  # (B,)
+    loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
+    return {"loss": loss, "denoising": denoising.mean(), "distillation": distillation.mean()}
+
+
+def finetune_expert(
+    cfg: Config, run: Path, i: int, teacher: Teacher, space: ArchSpace, code: Tensor, data: Encoded, empty: Tensor, rows: Tensor
+) -> None:
+    """Train expert `i` on `rows` of the target, from its last checkpoint, and write it to the run.
+
+    Args:
+        data: the target's training rows, encoded.
+        empty: text states of the empty caption, (tokens, width).
+        rows: row numbers, (R,).
+    """
+    assert cfg.steps and cfg.batch_size and cfg.lr
+    path, checkpoint = expert_path(run, i), run / "experts" / f"{i}.checkpoint.safetensors"
+    identity = {key: getattr(cfg, key) for key in IDENTITY}
+    expert = cut_expert(teacher.unet, code, space).requires_grad_(True)
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=cfg.lr)
+    first = 0
+    if checkpoint.exists():
+        tensors, meta = load_tensors(checkpoint)
+        refuse_other_settings(checkpoint, meta, identity)
+        expert.load_state_dict({k.removeprefix("expert/"): v for k, v in tensors.items() if k.startswith("expert/")})
+        load_optimizer(optimizer, tensors)
+        first = meta["step"]
+    recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
+    log = MetricsLog(run / "experts" / f"{i}.csv", list(TERMS), first)
+    bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}")
+    for step in bar:
+        draw = step_generator(cfg.seed, f"finetune {i}", step)
+        pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
+        text = data.text[pick].clone()
+        text[torch.rand(len(pick), generator=draw) < cfg.caption_dropout] = empty
+        terms = finetuning_step(teacher, expert, recorders, add_noise(teacher, data.latents[pick], text, draw), cfg)
+        values = {name: terms[name].item() for name in TERMS}
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the loss of expert {i} became {values['loss']} at step {step}; try a lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        optimizer.step()
+        log.write(step, values)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            state = {f"expert/{k}": v for k, v in expert.state_dict().items()} | optimizer_tensors(optimizer)
+            save_tensors(checkpoint, state, {"step": step + 1, "settings": identity})
+    log.close()
+    for recorder in recorders:
+        recorder.detach()
+    save_expert(path, expert, code, space, {"expert": i, "rows": len(rows), "settings": identity})
+    checkpoint.unlink(missing_ok=True)
+
+
+IDENTITY = ("steps", "batch_size", "lr", "alpha_ddpm", "alpha_distill", "caption_dropout", "seed")
+
+
+def refuse_other_settings(path: Path, meta: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises `UserError` where `path` was made with other settings than those asked for."""
+    old = meta.get("settings", {})
+    changed = [f"{key}: {old.get(key)}, now {value}" for key, value in settings.items() if old.get(key) != value]
+    if changed:
+        raise UserError(f"{path} was made with other settings ({'; '.join(changed)}); use those again, or delete that file")
+
+
+def first_and_last(run: Path, i: int) -> tuple[float, float]:
+    """Mean distillation loss over the first and the last tenth of expert `i`'s steps, from its log."""
+    with (run / "experts" / f"{i}.csv").open(newline="", encoding="utf-8") as file:
+        values = [float(row["distillation"]) for row in csv.DictReader(file)]
+    tenth = max(1, len(values) // 10)
+    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+def finetune(cfg: Config) -> None:
+    """Fine-tune the experts of a run that are not done yet. Raises `UserError` for what the user can mend."""
+    run = cfg.run or newest_run()
+    summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
+    given = {key: value for key, value in asdict(cfg).items() if value is not None}
+    cfg = replace(cfg, **{key: given.get(key, value) for key, value in PRESETS[summary["target"]].items()})
+    N = summary["num_experts"]
+    if cfg.expert is not None and not 0 <= cfg.expert < N:
+        raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
+    for name in ("steps", "batch_size"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small; choose 1 or more")
+    wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
+    todo = []
+    for i in wanted:
+        if expert_path(run, i).exists():
+            refuse_other_settings(expert_path(run, i), load_tensors(expert_path(run, i))[1], {key: getattr(cfg, key) for key in IDENTITY})
+        else:
+            todo.append(i)
+    if not todo:
+        print(f"{run}: all of the experts asked for are fine-tuned already")
+        return
+
+    teacher = load_teacher(summary["teacher"], pick_device(cfg.device))
+    space = ArchSpace.from_unet(teacher.unet, settings["depth"])
+    codes = load_codes(run, space)
+    data = load_target(summary["target"], "train", seed=settings["seed"], limit=settings["limit"])
+    assignment = torch.tensor(read_json(run / "assignments.json")["train"])
+    encoded = encode_target(teacher, data)
+    empty = teacher.encode_text([""])[0].cpu()
+    for i in todo:
+        rows = (assignment == i).nonzero().flatten()
+        clock = time.time()
+        finetune_expert(cfg, run, i, teacher, space, codes[i], encoded, empty, rows if len(rows) else torch.arange(len(data)))
+        before, after = first_and_last(run, i)
+        print(
+            f"expert {i}: {len(rows)} prompts, {cfg.steps} steps in {time.time() - clock:.0f} s, "
+            f"distillation loss {before:.4f} -> {after:.4f}, {expert_path(run, i)}"
+        )
+
+
+def main() -> None:
+    finetune(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,194 @@
+"""The architecture space and its gates: Sec. 3.3, Eqs. 9 and 12.
+
+An architecture code a = (u, v) holds one logit a prunable unit: v for width (GroupNorm groups of a ResBlock, heads of an attention,
+slices of a feed-forward layer) and u for depth (a whole ResBlock or Transformer). `ArchSpace` finds the units of any
+diffusers `UNet2DConditionModel` by module type and says which coordinates of a code belong to which layer.
+
+| symbol | name here | shape |
+|---|---|---|
+| D | `space.size` | - |
+| a | `codes`, `logits` | (N, D), (..., D) |
+| u, v | `space.split(code)` -> depth, width: dictionaries layer -> logits | (...,), (..., units) |
+| gamma | `temperature` | scalar |
+| bold u, v, e' | gates in [0, 1] | (..., D) |
+
+Departures from the paper:
+- Order inside a code: all width units in the U-Net's module order, then the depth units. The paper fixes none.
+- With one Gumbel variable, P(gate > 1/2) = 1 - exp(-exp(logit)), not sigmoid(logit) as the text below Eq. 9 says (that
+  would take the difference of two). Eq. 9 is kept as printed.
+- How a code becomes binary is not said. Here a unit is open where its logit exceeds a threshold (`binarize`), without noise, so a code gives one
+  expert and always the same one; `prune_unet.meet_budget` chooses the threshold, one for all codes, so that the budget is met.
+- At least one unit of every layer stays open (the one with the highest logit): a layer without channels has no kernel to run.
+  Removing a layer altogether is what the depth units are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+FEEDFORWARD_SLICES = 32
+DEPTH_MODES = ("paper", "all", "none")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A run of `units` coordinates of a code, from `start`, that gates the module called `name`."""
+
+    name: str  # path in the U-Net, e.g. "down_blocks.0.resnets.0"
+    kind: str  # "resnet", "attention", "feedforward" or "depth"
+    start: int
+    units: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.units)
+
+
+@dataclass(frozen=True)
+class ArchSpace:
+    """The prunable units of a U-Net. Width layers come first, then depth layers (of one unit each)."""
+
+    layers: tuple[Layer, ...]
+    depth: str = "paper"
+
+    @classmethod
+    def from_unet(cls, unet: nn.Module, depth: str = "paper") -> ArchSpace:
+        """Find the units of `unet`, a diffusers UNet2DConditionModel, by module type (App. D.1, D.3).
+
+        Args:
+            unet: any device, the meta device included.
+            depth: `paper`: the last ResBlock and the last Transformer of each down and up block; `all`: every ResBlock and
+                Transformer whose output has the shape of the features it could be replaced by; `none`.
+
+        Raises:
+            ValueError: unknown `depth`.
+        """
+        if depth not in DEPTH_MODES:
+            raise ValueError(f"depth must be one of {', '.join(DEPTH_MODES)}, got {depth!r}")
+        found: list[tuple[str, str, int]] = []
+        for name, module in unet.named_modules():
+            if isinstance(module, ResnetBlock2D):
+                found.append((name, "resnet", module.norm2.num_groups))
+            elif isinstance(module, Attention):
+                found.append((name, "attention", module.heads))
+            elif isinstance(module, FeedForward):
+                found.append((name, "feedforward", math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)))
+        found += [(name, "depth", 1) for name in removable_layers(unet, depth)]
+        layers, start = [], 0
+        for name, kind, units in found:
+            layers.append(Layer(name, kind, start, units))
+            start += units
+        return cls(tuple(layers), depth)
+
+    @property
+    def size(self) -> int:
+        """D, the number of prunable units."""
+        return sum(layer.units for layer in self.layers)
+
+    @property
+    def width_layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind != "depth")
+
+    @property
+    def depth_layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.kind == "depth")
+
+    def count(self, kind: str) -> int:
+        """Number of units of one kind."""
+        return sum(layer.units for layer in self.layers if layer.kind == kind)
+
+    def split(self, code: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A code (..., D) as (u, v): layer name -> (...,) for depth, layer name -> (..., units) for width.
+
+        Raises:
+            ValueError: the last axis is not D.
+        """
+        if code.shape[-1] != self.size:
+            raise ValueError(f"a code of this U-Net has {self.size} units, got shape {tuple(code.shape)}")
+        u = {layer.name: code[..., layer.start] for layer in self.depth_layers}
+        v = {layer.name: code[..., layer.span] for layer in self.width_layers}
+        return u, v
+
+
+def removable_layers(unet: nn.Module, depth: str) -> list[str]:
+    """Names of the ResBlocks and Transformers that a depth unit may remove, in module order."""
+    chosen: list[str] = []
+    channels = unet.conv_in.out_channels  # of the features that enter the next ResBlock, skip connection not counted
+    blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)), ("mid_block", unet.mid_block)]
+    blocks += [(f"up_blocks.{i}", b) for i, b in enumerate(unet.up_blocks)]
+    for path, block in blocks:
+        if block is None:
+            continue
+        for kind, parent in (("resnets", ResnetBlock2D), ("attentions", Transformer2DModel)):
+            members: Sequence[Any] = getattr(block, kind, None) or []
+            for index, module in enumerate(members):
+                if not isinstance(module, parent):
+                    continue
+                same_shape = True
+                if kind == "resnets":
+                    same_shape, channels = module.out_channels == channels, module.out_channels
+                last_outside_middle = index == len(members) - 1 and path != "mid_block"
+                if same_shape and (depth == "all" or (depth == "paper" and last_outside_middle)):
+                    chosen.append(f"{path}.{kind}.{index}")
+    return chosen
+
+
+def gumbel_noise(shape: Sequence[int], *, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
+    """Gumbel(0, 1) samples of `shape`, float32, drawn on the CPU so that every device sees the same ones."""
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return -torch.log(-torch.log(uniform)).float().to(device or "cpu")
+
+
+def gumbel_sigmoid(logits: Tensor, temperature: float = 0.4, *, generator: torch.Generator | None = None) -> Tensor:
+    """Soft gates sigmoid((logits + g) / gamma) with g ~ Gumbel(0, 1), differentiable [Eq. 9] [Eq. 12]
+
+    Eq. 9 applies it to codes (bold u and v), Eq. 12 to embeddings (e').
+
+    Args:
+        logits: (..., D).
+        temperature: gamma > 0; the paper's value is 0.4.
+        generator: a CPU generator; the global one if absent.
+
+    Returns:
+        Gates in [0, 1], of the shape and type of `logits`.
+
+    Raises:
+        ValueError: `temperature` <= 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    noise = gumbel_noise(logits.shape, generator=generator, device=logits.device)
+    return torch.sigmoid((logits + noise) / temperature).to(logits.dtype)
+
+
+def open_probability(logits: Tensor) -> Tensor:
+    """P(gumbel_sigmoid(logits) > 1/2) = 1 - exp(-exp(logits)), at any temperature."""
+    return -torch.expm1(-torch.exp(logits))
+
+
+@torch.no_grad()
+def binarize(logits: Tensor, space: ArchSpace | None = None, *, threshold: float = 0.0) -> Tensor:
+    """Binary gates: open where the logit exceeds `threshold`; with a `space`, the highest logit of every width layer stays open too.
+
+    Args:
+        logits: (..., D).
+        space: whose layers keep at least one unit; None for a plain threshold.
+
+    Returns:
+        Gates in {0, 1}, of the shape and type of `logits`. Ties for the highest logit go to the first unit.
+    """
+    gates = (logits > threshold).to(logits.dtype)
+    for layer in space.width_layers if space is not None else ():
+        best = logits[..., layer.span].argmax(-1, keepdim=True)  # (..., 1)
+        gates[..., layer.span].scatter_(-1, best, 1.0)
+    return gates

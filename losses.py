@@ -1,0 +1,124 @@
+"""Losses of the pruning and the fine-tuning stage: Eqs. 1, 13-15, 25-31.
+
+Losses over images come a sample at a time, (B,), so that the objective can weight them by expert. Squared norms are means over a
+sample's elements, which keeps the weights of the sum independent of the resolution.
+
+| symbol | name here | shape |
+|---|---|---|
+| z, e' | prompt embeddings, architecture vectors | (B, dz), (B, D) |
+| r, s | `similarity_distribution(z)`, `similarity_distribution(e')` | (B, B) |
+| tau | `contrast_temp` | scalar |
+| T(A), T_d | `macs`, `target`: MACs | scalar |
+| B^(i) | how often i is in `assignment` | - |
+
+Departures from the paper:
+- The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15 minimises it; its negative,
+  the binary cross-entropy, is what can be minimised.
+- Eqs. 28-29 sum the blocks' distances; with means over elements, the sum over blocks is kept.
+- Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the caller passes the target that
+  its teacher was trained on; the equation is the same.
+- An expert that gets no sample of a batch adds nothing to Eq. 15's mean, and the divisor stays N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of each sample, (B, ...) -> (B,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """||prediction - target||^2 of each sample, (B, C, h, w) -> (B,) [Eq. 1]"""
+    return per_sample_mse(prediction, target)
+
+
+def similarity_distribution(vectors: Tensor, contrast_temp: float = 0.03) -> Tensor:
+    """Logarithm of the softmax over k of sim(x_i, x_k) / tau, with cosine similarity, (B, D) -> (B, B) [Eq. 14]"""
+    unit = F.normalize(vectors.float(), dim=-1)
+    return F.log_softmax(unit @ unit.T / contrast_temp, dim=1)
+
+
+def contrastive_loss(z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03) -> Tensor:
+    """Binary cross-entropy between the prompts' similarities r and the architectures' s, a scalar [Eq. 13]
+
+    -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij); the sign is explained in the module's header.
+
+    Args:
+        z: prompt embeddings, (B, dz); no gradient flows to them.
+        e_prime: architecture vectors, (B, D).
+        contrast_temp: tau; the paper's value is 0.03.
+    """
+    r = similarity_distribution(z.detach(), contrast_temp).exp()  # (B, B)
+    log_s = similarity_distribution(e_prime, contrast_temp)  # (B, B)
+    # log(1 - s), kept away from log 0 where a prompt is similar to itself only
+    log_not_s = torch.log1p(-log_s.exp().clamp(max=1 - 1e-6))
+    return -(r * log_s + (1 - r) * log_not_s).mean()
+
+
+def resource_loss(macs: Tensor, target: Tensor | float) -> Tensor:
+    """R(x, y) = log(max(x, y) / min(x, y)) = |log x - log y|, a scalar [Eq. 26] [Eq. 31]"""
+    return (torch.log(macs) - torch.log(torch.as_tensor(target, dtype=macs.dtype, device=macs.device))).abs()
+
+
+def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """||teacher - student||^2 of the U-Nets' outputs, (B, C, h, w) -> (B,) [Eq. 27]"""
+    return per_sample_mse(student, teacher.detach())
+
+
+def block_distillation_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
+    """Sum over the U-Net's blocks of ||teacher^b - student^b||^2, lists of (B, C_b, h_b, w_b) -> (B,) [Eq. 28]
+
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    if len(student_blocks) != len(teacher_blocks):
+        raise ValueError(f"{len(student_blocks)} student blocks but {len(teacher_blocks)} teacher blocks")
+    return torch.stack([per_sample_mse(s, t.detach()) for s, t in zip(student_blocks, teacher_blocks, strict=True)]).sum(0)
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]
+) -> Tensor:
+    """Output level plus block level, (B,) [Eq. 29]"""
+    return output_distillation_loss(student, teacher) + block_distillation_loss(student_blocks, teacher_blocks)
+
+
+def finetuning_loss(denoising: Tensor, distillation: Tensor, alpha_ddpm: float = 1e-4, alpha_distill: float = 1.0) -> Tensor:
+    """alpha_DDPM L_DDPM + alpha_distill L_distill, averaged over the batch: (B,), (B,) -> scalar [Eq. 30]"""
+    return (alpha_ddpm * denoising + alpha_distill * distillation).mean()
+
+
+def expert_mean(per_sample: Tensor, assignment: Tensor, num_experts: int) -> Tensor:
+    """1/N sum_i 1/B^(i) sum_j x_j^(i): every expert counts the same however few samples it got; (B,) -> scalar."""
+    counts = torch.bincount(assignment, minlength=num_experts).to(per_sample.dtype)  # (N,)
+    return (per_sample / (num_experts * counts[assignment])).sum()
+
+
+def pruning_loss(
+    denoising: Tensor,
+    distillation: Tensor,
+    resource: Tensor,
+    contrastive: Tensor,
+    assignment: Tensor | None,
+    num_experts: int,
+    lambda_distill: float = 0.2,
+    lambda_res: float = 2.0,
+    lambda_cont: float = 100.0,
+) -> Tensor:
+    """The pruning stage's objective: expert-wise mean of the image losses + resource + contrastive, a scalar [Eq. 15] [Eq. 25]
+
+    Args:
+        denoising, distillation: per-sample losses, (B,).
+        resource, contrastive: scalars.
+        assignment: expert of each sample, (B,), int64; None during warm-up, when each sample has its own architecture (a plain mean).
+    """
+    image = denoising + lambda_distill * distillation  # (B,)
+    mean = image.mean() if assignment is None else expert_mean(image, assignment, num_experts)
+    return mean + lambda_res * resource.to(mean.dtype) + lambda_cont * contrastive
