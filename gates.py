@@ -1,25 +1,31 @@
 """The architecture space and its gates: Sec. 3.3, Eqs. 9 and 12.
 
-An architecture code a = (u, v) holds one logit a prunable unit: v for width (GroupNorm groups of a ResBlock, heads of an attention,
-slices of a feed-forward layer) and u for depth (a whole ResBlock or Transformer). `ArchSpace` finds the units of any
-diffusers `UNet2DConditionModel` by module type and says which coordinates of a code belong to which layer.
+An architecture code a = (u, v) holds one logit a prunable unit: v for width (GroupNorm groups of a
+ResBlock, heads of an attention, slices of a feed-forward layer) and u for depth (a whole ResBlock
+or Transformer). `ArchSpace` finds the units of any diffusers `UNet2DConditionModel` by module type
+and says which coordinates of a code belong to which layer.
 
 | symbol | name here | shape |
 |---|---|---|
 | D | `space.size` | - |
 | a | `codes`, `logits` | (N, D), (..., D) |
-| u, v | `space.split(code)` -> depth, width: dictionaries layer -> logits | (...,), (..., units) |
+| u, v | `space.split(code)`: dictionaries layer -> logits | (...,), (..., units) |
 | gamma | `temperature` | scalar |
 | bold u, v, e' | gates in [0, 1] | (..., D) |
 
-Departures from the paper:
-- Order inside a code: all width units in the U-Net's module order, then the depth units. The paper fixes none.
-- With one Gumbel variable, P(gate > 1/2) = 1 - exp(-exp(logit)), not sigmoid(logit) as the text below Eq. 9 says (that
-  would take the difference of two). Eq. 9 is kept as printed.
-- How a code becomes binary is not said. Here a unit is open where its logit exceeds a threshold (`binarize`), without noise, so a code gives one
-  expert and always the same one; `prune_unet.meet_budget` chooses the threshold, one for all codes, so that the budget is met.
-- At least one unit of every layer stays open (the one with the highest logit): a layer without channels has no kernel to run.
-  Removing a layer altogether is what the depth units are for.
+Departures from the paper, and what it leaves open:
+- Order inside a code: all width units in the U-Net's module order, then the depth units. The paper
+  fixes none.
+- A feed-forward layer's unit is a 1/32 slice of its inner width, and depth may remove the last
+  ResBlock and the last Transformer of each down and up block. The paper names neither; together
+  they give the D = 1620 that it states for SD 2.1 (704 groups, 390 heads, 512 slices, 14 layers).
+- With one Gumbel variable, P(gate > 1/2) = 1 - exp(-exp(logit)), not sigmoid(logit) as the text
+  below Eq. 9 says (that would take the difference of two). Eq. 9 is kept as printed.
+- How a code becomes binary is not said. Here a unit is open where its logit exceeds a threshold
+  (`binarize`), without noise, so a code gives one expert and always the same one;
+  `macs.meet_budget` chooses the threshold, one for all codes, so that the budget is met.
+- At least one unit of every layer stays open (the one with the highest logit): a layer without
+  channels has no kernel to run. Removing a layer altogether is what the depth units are for.
 """
 
 from __future__ import annotations
@@ -30,11 +36,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 FEEDFORWARD_SLICES = 32
 DEPTH_MODES = ("paper", "all", "none")
@@ -56,19 +63,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class ArchSpace:
-    """The prunable units of a U-Net. Width layers come first, then depth layers (of one unit each)."""
+    """The prunable units of a U-Net: width layers first, then depth layers (of one unit each)."""
 
     layers: tuple[Layer, ...]
     depth: str = "paper"
 
     @classmethod
-    def from_unet(cls, unet: nn.Module, depth: str = "paper") -> ArchSpace:
-        """Find the units of `unet`, a diffusers UNet2DConditionModel, by module type (App. D.1, D.3).
+    def from_unet(cls, unet: UNet2DConditionModel, depth: str = "paper") -> ArchSpace:
+        """Find the units of a diffusers UNet2DConditionModel by module type (App. D.1, D.3).
 
         Args:
             unet: any device, the meta device included.
-            depth: `paper`: the last ResBlock and the last Transformer of each down and up block; `all`: every ResBlock and
-                Transformer whose output has the shape of the features it could be replaced by; `none`.
+            depth: which layers may be removed whole. `paper`: the last ResBlock and the last
+                Transformer of each down and up block, where input and output shapes agree; `all`:
+                every ResBlock and Transformer where they agree; `none`.
 
         Raises:
             ValueError: unknown `depth`.
@@ -82,7 +90,8 @@ class ArchSpace:
             elif isinstance(module, Attention):
                 found.append((name, "attention", module.heads))
             elif isinstance(module, FeedForward):
-                found.append((name, "feedforward", math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)))
+                slices = math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)
+                found.append((name, "feedforward", slices))
         found += [(name, "depth", 1) for name in removable_layers(unet, depth)]
         layers, start = [], 0
         for name, kind, units in found:
@@ -108,24 +117,28 @@ class ArchSpace:
         return sum(layer.units for layer in self.layers if layer.kind == kind)
 
     def split(self, code: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A code (..., D) as (u, v): layer name -> (...,) for depth, layer name -> (..., units) for width.
+        """A code (..., D) as (u, v): layer name -> (...,) of depth, (..., units) of width.
 
         Raises:
             ValueError: the last axis is not D.
         """
         if code.shape[-1] != self.size:
-            raise ValueError(f"a code of this U-Net has {self.size} units, got shape {tuple(code.shape)}")
+            shape = tuple(code.shape)
+            raise ValueError(f"a code of this U-Net has {self.size} units, got shape {shape}")
         u = {layer.name: code[..., layer.start] for layer in self.depth_layers}
         v = {layer.name: code[..., layer.span] for layer in self.width_layers}
         return u, v
 
 
-def removable_layers(unet: nn.Module, depth: str) -> list[str]:
+def removable_layers(unet: UNet2DConditionModel, depth: str) -> list[str]:
     """Names of the ResBlocks and Transformers that a depth unit may remove, in module order."""
     chosen: list[str] = []
-    channels = unet.conv_in.out_channels  # of the features that enter the next ResBlock, skip connection not counted
-    blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)), ("mid_block", unet.mid_block)]
-    blocks += [(f"up_blocks.{i}", b) for i, b in enumerate(unet.up_blocks)]
+    channels = (
+        unet.conv_in.out_channels
+    )  # that enter the next ResBlock, skip connection not counted
+    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+    blocks.append(("mid_block", unet.mid_block))
+    blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
     for path, block in blocks:
         if block is None:
             continue
@@ -143,14 +156,23 @@ def removable_layers(unet: nn.Module, depth: str) -> list[str]:
     return chosen
 
 
-def gumbel_noise(shape: Sequence[int], *, generator: torch.Generator | None = None, device: torch.device | None = None) -> Tensor:
-    """Gumbel(0, 1) samples of `shape`, float32, drawn on the CPU so that every device sees the same ones."""
-    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+def gumbel_noise(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Gumbel(0, 1) samples, float32, drawn on the CPU so that every device sees the same ones."""
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(
+        1e-12, 1 - 1e-12
+    )
     return -torch.log(-torch.log(uniform)).float().to(device or "cpu")
 
 
-def gumbel_sigmoid(logits: Tensor, temperature: float = 0.4, *, generator: torch.Generator | None = None) -> Tensor:
-    """Soft gates sigmoid((logits + g) / gamma) with g ~ Gumbel(0, 1), differentiable [Eq. 9] [Eq. 12]
+def gumbel_sigmoid(
+    logits: Tensor, temperature: float = 0.4, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Soft gates sigmoid((logits + g) / gamma), g ~ Gumbel(0, 1), differentiable [Eq. 9] [Eq. 12]
 
     Eq. 9 applies it to codes (bold u and v), Eq. 12 to embeddings (e').
 
@@ -178,14 +200,16 @@ def open_probability(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def binarize(logits: Tensor, space: ArchSpace | None = None, *, threshold: float = 0.0) -> Tensor:
-    """Binary gates: open where the logit exceeds `threshold`; with a `space`, the highest logit of every width layer stays open too.
+    """Binary gates: open where the logit exceeds `threshold`.
+
+    With a `space`, the unit with the highest logit of every width layer stays open whatever it is.
 
     Args:
         logits: (..., D).
         space: whose layers keep at least one unit; None for a plain threshold.
 
     Returns:
-        Gates in {0, 1}, of the shape and type of `logits`. Ties for the highest logit go to the first unit.
+        Gates in {0, 1}, of the shape and type of `logits`. Of equal highest logits, one is kept.
     """
     gates = (logits > threshold).to(logits.dtype)
     for layer in space.width_layers if space is not None else ():

@@ -1,7 +1,6 @@
 """Losses of the pruning and the fine-tuning stage: Eqs. 1, 13-15, 25-31.
 
-Losses over images come a sample at a time, (B,), so that the objective can weight them by expert. Squared norms are means over a
-sample's elements, which keeps the weights of the sum independent of the resolution.
+Losses over images come a sample at a time, (B,), so that the objective can weight them by expert.
 
 | symbol | name here | shape |
 |---|---|---|
@@ -12,12 +11,16 @@ sample's elements, which keeps the weights of the sum independent of the resolut
 | B^(i) | how often i is in `assignment` | - |
 
 Departures from the paper:
-- The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15 minimises it; its negative,
-  the binary cross-entropy, is what can be minimised.
-- Eqs. 28-29 sum the blocks' distances; with means over elements, the sum over blocks is kept.
-- Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the caller passes the target that
-  its teacher was trained on; the equation is the same.
-- An expert that gets no sample of a batch adds nothing to Eq. 15's mean, and the divisor stays N.
+- The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15
+  minimises it; its negative, the binary cross-entropy, is what can be minimised.
+- Eq. 13's log(1 - s) stops at s = 1 - 1e-6, since s reaches 1 where a prompt resembles itself only.
+- Squared norms (Eqs. 1, 27, 28) are means over a sample's elements, which keeps the weights of the
+  sums independent of the resolution. Eq. 28's sum over blocks stays a sum.
+- Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the
+  caller passes the target that its teacher was trained on; the equation is the same.
+- Eq. 15 divides by B^(i), which may be 0: an expert that gets no sample of a batch adds nothing to
+  the mean, and the divisor stays N. The warm-up, where each sample has its own architecture, takes
+  the plain mean over the samples; Eq. 15 does not cover it.
 """
 
 from __future__ import annotations
@@ -40,15 +43,16 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def similarity_distribution(vectors: Tensor, contrast_temp: float = 0.03) -> Tensor:
-    """Logarithm of the softmax over k of sim(x_i, x_k) / tau, with cosine similarity, (B, D) -> (B, B) [Eq. 14]"""
+    """log r or log s: log-softmax over k of cosine(x_i, x_k) / tau, (B, D) -> (B, B) [Eq. 14]"""
     unit = F.normalize(vectors.float(), dim=-1)
     return F.log_softmax(unit @ unit.T / contrast_temp, dim=1)
 
 
 def contrastive_loss(z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03) -> Tensor:
-    """Binary cross-entropy between the prompts' similarities r and the architectures' s, a scalar [Eq. 13]
+    """Binary cross-entropy of the architectures' similarities s under the prompts' r [Eq. 13]
 
-    -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij); the sign is explained in the module's header.
+    -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij), a scalar; the module's header explains
+    the sign.
 
     Args:
         z: prompt embeddings, (B, dz); no gradient flows to them.
@@ -64,7 +68,8 @@ def contrastive_loss(z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03) ->
 
 def resource_loss(macs: Tensor, target: Tensor | float) -> Tensor:
     """R(x, y) = log(max(x, y) / min(x, y)) = |log x - log y|, a scalar [Eq. 26] [Eq. 31]"""
-    return (torch.log(macs) - torch.log(torch.as_tensor(target, dtype=macs.dtype, device=macs.device))).abs()
+    target = torch.as_tensor(target, dtype=macs.dtype, device=macs.device)
+    return (torch.log(macs) - torch.log(target)).abs()
 
 
 def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,31 +77,47 @@ def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return per_sample_mse(student, teacher.detach())
 
 
-def block_distillation_loss(student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]) -> Tensor:
-    """Sum over the U-Net's blocks of ||teacher^b - student^b||^2, lists of (B, C_b, h_b, w_b) -> (B,) [Eq. 28]
+def block_distillation_loss(
+    student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]
+) -> Tensor:
+    """Sum over blocks of ||teacher^b - student^b||^2, lists of (B, C_b, h_b, w_b) -> (B,) [Eq. 28]
 
     Raises:
         ValueError: the lists differ in length.
     """
     if len(student_blocks) != len(teacher_blocks):
-        raise ValueError(f"{len(student_blocks)} student blocks but {len(teacher_blocks)} teacher blocks")
-    return torch.stack([per_sample_mse(s, t.detach()) for s, t in zip(student_blocks, teacher_blocks, strict=True)]).sum(0)
+        lengths = f"{len(student_blocks)} student blocks but {len(teacher_blocks)} teacher blocks"
+        raise ValueError(lengths)
+    pairs = zip(student_blocks, teacher_blocks, strict=True)
+    return torch.stack([per_sample_mse(s, t.detach()) for s, t in pairs]).sum(0)
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]
+    student: Tensor,
+    teacher: Tensor,
+    student_blocks: Sequence[Tensor],
+    teacher_blocks: Sequence[Tensor],
 ) -> Tensor:
     """Output level plus block level, (B,) [Eq. 29]"""
-    return output_distillation_loss(student, teacher) + block_distillation_loss(student_blocks, teacher_blocks)
+    blocks = block_distillation_loss(student_blocks, teacher_blocks)
+    return output_distillation_loss(student, teacher) + blocks
 
 
-def finetuning_loss(denoising: Tensor, distillation: Tensor, alpha_ddpm: float = 1e-4, alpha_distill: float = 1.0) -> Tensor:
-    """alpha_DDPM L_DDPM + alpha_distill L_distill, averaged over the batch: (B,), (B,) -> scalar [Eq. 30]"""
+def finetuning_loss(
+    denoising: Tensor, distillation: Tensor, alpha_ddpm: float = 1e-4, alpha_distill: float = 1.0
+) -> Tensor:
+    """alpha_DDPM L_DDPM + alpha_distill L_distill, batch mean: (B,), (B,) -> scalar [Eq. 30]"""
     return (alpha_ddpm * denoising + alpha_distill * distillation).mean()
 
 
 def expert_mean(per_sample: Tensor, assignment: Tensor, num_experts: int) -> Tensor:
-    """1/N sum_i 1/B^(i) sum_j x_j^(i): every expert counts the same however few samples it got; (B,) -> scalar."""
+    """1/N sum_i 1/B^(i) sum_j x_j^(i), (B,) -> scalar: experts count alike whatever their B^(i).
+
+    Args:
+        per_sample: x, (B,).
+        assignment: expert of each sample, (B,), int64, in [0, N).
+        num_experts: N.
+    """
     counts = torch.bincount(assignment, minlength=num_experts).to(per_sample.dtype)  # (N,)
     return (per_sample / (num_experts * counts[assignment])).sum()
 
@@ -112,12 +133,14 @@ def pruning_loss(
     lambda_res: float = 2.0,
     lambda_cont: float = 100.0,
 ) -> Tensor:
-    """The pruning stage's objective: expert-wise mean of the image losses + resource + contrastive, a scalar [Eq. 15] [Eq. 25]
+    """Expert-wise mean of the image losses + resource + contrastive, a scalar [Eq. 15] [Eq. 25]
 
     Args:
         denoising, distillation: per-sample losses, (B,).
         resource, contrastive: scalars.
-        assignment: expert of each sample, (B,), int64; None during warm-up, when each sample has its own architecture (a plain mean).
+        assignment: expert of each sample, (B,), int64; None during warm-up (a plain mean).
+        num_experts: N, the number of codes.
+        lambda_distill, lambda_res, lambda_cont: weights; the defaults are the paper's.
     """
     image = denoising + lambda_distill * distillation  # (B,)
     mean = image.mean() if assignment is None else expert_mean(image, assignment, num_experts)

@@ -5,29 +5,31 @@
 | A^T E | `scores`, similarity of each code with each embedding | (N, B) |
 | Q* | the result, the transport plan | (N, B) |
 | epsilon | `eps`, weight of the entropy H(Q) | scalar |
-| m, n | `log_m`, `log_n`, scalings of rows and columns, as logarithms | (N, 1), (1, B) |
+| m, n | what the two normalisations take out of a row and a column | (N, 1), (1, B) |
 
-Departures from the paper: none in the equations. The iterations run on logarithms, because exp(scores / eps) with
-eps = 0.05 overflows single precision at a similarity of 4.4.
+Departures from the paper: none in the equations. The iterations run on logarithms, in double
+precision, because exp(scores / eps) with eps = 0.05 overflows single precision at a similarity of
+4.4. There, multiplying a row by m so that it sums to a constant is a log-softmax along it.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
-    """Solve the entropic transport problem of Eq. 5 by Sinkhorn-Knopp: Q* = diag(m) exp(scores / eps) diag(n) [Eq. 5] [Eq. 7]
+    """Q* = diag(m) exp(scores / eps) diag(n), which solves Eq. 5, by Sinkhorn-Knopp [Eq. 5] [Eq. 7]
 
-    Every column of Q* sums to 1/B exactly; every row sums to 1/N in the limit of many iterations (Eq. 6). Works in any
-    floating-point type, internally in float32 or wider, and does not propagate gradients.
+    Every column of Q* sums to 1/B exactly; every row sums to 1/N in the limit of many iterations
+    (Eq. 6). Works in any floating-point type, internally in float64 (on mps, which has none, in
+    float32), and does not propagate gradients.
 
     Args:
         scores: similarities of N codes and B embeddings, (N, B), finite.
-        eps: entropy weight, > 0; the smaller, the closer the columns of B Q* are to one-hot. The paper's value is 0.05.
+        eps: entropy weight, > 0; the smaller, the closer the columns of B Q* are to one-hot. The
+            paper's value is 0.05.
         iterations: of row and column scaling, >= 1. The paper's value is 3.
 
     Returns:
@@ -37,17 +39,15 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
         ValueError: `scores` is not a matrix or is empty, `eps` <= 0 or `iterations` < 1.
     """
     if scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"scores must be a non-empty (N, B) matrix, got shape {tuple(scores.shape)}")
+        raise ValueError(f"scores must be a non-empty (N, B) matrix, got {tuple(scores.shape)}")
     if not eps > 0 or iterations < 1:
         raise ValueError(f"eps must be > 0 and iterations >= 1, got {eps} and {iterations}")
-    N, B = scores.shape
-    work = torch.promote_types(scores.dtype, torch.float32)
-    log_kernel = scores.detach().to(work) / eps  # (N, B)
-    log_n = log_kernel.new_zeros(1, B)
+    work = torch.float32 if scores.device.type == "mps" else torch.float64
+    log_Q = scores.detach().to(work) / eps  # (N, B)
     for _ in range(iterations):
-        log_m = -math.log(N) - torch.logsumexp(log_kernel + log_n, dim=1, keepdim=True)  # rows sum to 1/N   (N, 1)
-        log_n = -math.log(B) - torch.logsumexp(log_kernel + log_m, dim=0, keepdim=True)  # columns sum to 1/B   (1, B)
-    return torch.exp(log_kernel + log_m + log_n).to(scores.dtype)
+        log_Q = F.log_softmax(log_Q, dim=1)  # equal rows; their 1/N is undone by the next line
+        log_Q = F.log_softmax(log_Q, dim=0)  # columns sum to 1, that is 1/B after the division
+    return (log_Q.exp() / scores.shape[1]).to(scores.dtype)
 
 
 def equipartition_error(Q: Tensor) -> Tensor:

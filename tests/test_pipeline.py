@@ -1,0 +1,239 @@
+"""The three stages on the embedded default, end to end: train, fine-tune, sample; killed and resumed; asked for nonsense."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import sample
+import train
+from gates import ArchSpace
+from prune_unet import load_expert, measure_macs, module_macs, example_inputs
+from runfolder import UserError, command_line, load_tensors, read_json, save_tensors, write_json
+from teacher import load_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = train.Config(
+    budget=0.7, num_experts=3, warmup_steps=2, joint_steps=3, batch_size=6, limit=48, save_every=1, device="cpu"
+)
+FILES = ("router.safetensors", "codes.safetensors", "assignments.json")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of five training steps and of five fine-tuning steps for expert 1."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    train.train(dataclasses.replace(SMALL, out=folder))
+    finetune.finetune(finetune.Config(run=folder, expert=1, steps=5, batch_size=4, device="cpu"))
+    return folder
+
+
+def copy_run(run: Path, folder: Path) -> None:
+    for name in (*FILES, "summary.json", "config.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+
+
+def test_summary_has_what_others_rely_on(run):
+    summary = read_json(run / "summary.json")
+    assert summary["target"] == "emoji" and summary["teacher"] == "pocket"
+    assert summary["budget"] == 0.7 and summary["num_experts"] == 3
+    for split in ("train", "validation"):
+        assert len(summary[f"usage_{split}"]) == 3
+        assert sum(summary[f"usage_{split}"]) == pytest.approx(1, abs=1e-5)
+    assert set(summary["seconds"]) == {"encode", "warmup", "joint"}
+    assert [expert["id"] for expert in summary["experts"]] == [0, 1, 2]
+
+
+def test_mean_macs_over_training_prompts_meet_the_budget(run):
+    summary, teacher = read_json(run / "summary.json"), load_teacher("pocket")
+    space = ArchSpace.from_unet(teacher.unet)
+    macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=teacher.text_tokens)
+    assert summary["units"] == space.size and summary["macs_dense"] == macs.dense
+    ratios = macs(finetune.load_codes(run, space)) / macs.dense
+    assignment = torch.tensor(read_json(run / "assignments.json")["train"])
+    mean = ratios[assignment].mean().item()
+    assert 0.7 * 0.99 <= mean <= 0.7
+    assert summary["macs_ratio_mean"] == pytest.approx(mean, abs=1e-6)
+    assert [e["macs_ratio"] for e in summary["experts"]] == pytest.approx(ratios.tolist())
+
+
+def test_metrics_have_one_row_a_step(run):
+    rows = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True)
+    assert rows["step"].tolist() == [0, 1, 2, 3, 4]
+    assert np.isfinite(rows["loss"]).all() and (rows["macs_ratio"] <= 1).all()
+    assert not (run / "checkpoint.safetensors").exists()
+
+
+def test_a_finetuned_expert_is_the_cut_network_trained(run):
+    expert, meta = load_expert(finetune.expert_path(run, 1))
+    summary = read_json(run / "summary.json")
+    assert meta["expert"] == 1 and meta["settings"]["steps"] == 5
+    assert sum(p.numel() for p in expert.parameters()) == summary["experts"][1]["params"]
+    teacher = load_teacher("pocket")
+    inputs = example_inputs(teacher.unet, 8, teacher.text_tokens, "cpu")
+    ratio = module_macs(expert, inputs)[""] / module_macs(teacher.unet, inputs)[""]
+    assert ratio == pytest.approx(summary["experts"][1]["macs_ratio"])
+    weight = teacher.unet.conv_in.weight
+    assert 0 < (expert.conv_in.weight - weight).abs().max() < 0.01  # five steps away from the teacher's
+
+
+def test_finished_work_is_not_done_again(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    train.train(dataclasses.replace(SMALL, out=run))
+    finetune.finetune(finetune.Config(run=run, expert=1, steps=5, batch_size=4, device="cpu"))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert "complete" in capsys.readouterr().out
+
+
+def test_sampling_is_routed_grouped_and_repeatable(run, tmp_path):
+    pipeline = sample.APTPPipeline.from_pretrained(run, "cpu")
+    prompts = ["a giraffe", "a red apple", "a bus", "the japan flag"]
+    drawn = pipeline(prompts, num_inference_steps=3)
+    assert [image.size for image in drawn.images] == [(64, 64)] * 4
+    assert drawn.experts == pipeline.route(prompts)
+    assert drawn.macs_ratios == [pipeline.ratios[i] for i in drawn.experts]
+    alone = pipeline(prompts[2:3], seeds=[2], num_inference_steps=3)
+    difference = np.asarray(alone.images[0]).astype(int) - np.asarray(drawn.images[2])
+    assert np.abs(difference).max() <= 1
+    teacher = pipeline(prompts[:1], expert=-1, num_inference_steps=3)
+    assert teacher.experts == [-1] and teacher.macs_ratios == [1.0]
+
+
+def test_the_command_line_draws_files(run, tmp_path, capsys):
+    cfg = sample.Config(prompts=("a giraffe",), run=run, out=tmp_path, num_images=2, steps=2, compare=True, device="cpu")
+    drawn = sample.sample(cfg)
+    with Image.open(tmp_path / "a-giraffe-0.png") as first, Image.open(tmp_path / "a-giraffe-1.png") as second:
+        assert first.size == second.size == (64, 64)
+        assert np.array_equal(np.asarray(first), np.asarray(drawn.images[0]))
+        assert not np.array_equal(np.asarray(first), np.asarray(second))
+    assert (tmp_path / "comparison.png").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "a-giraffe-0.png" in lines[0] and "MACs ratio" in lines[0]
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(run, tmp_path):
+    """SIGKILL twice while it trains; the same command then finishes it, bit for bit."""
+    arguments = "--budget 0.7 --num-experts 3 --warmup-steps 2 --joint-steps 3 --batch-size 6 --limit 48 --save-every 1 --device cpu"
+    command = [sys.executable, "train.py", *arguments.split(), "--out", str(tmp_path / "killed")]
+    for stop_at in (2, 4):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log, deadline = tmp_path / "killed" / "metrics.csv", time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            if log.exists() and len(log.read_text().splitlines()) > stop_at:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for name in FILES:
+        assert (tmp_path / "killed" / name).read_bytes() == (run / name).read_bytes(), name
+    assert (tmp_path / "killed" / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Call a script's main with arguments; it must print one line that holds the given words and exit with 2."""
+
+    def call(module: ModuleType, arguments: list[str], *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            command_line(module.main)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len(lines) == 1, lines
+        assert lines[0].startswith("error: ") and all(word in lines[0] for word in words), lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "imagenet"], ["imagenet", "emoji"]),
+        (["--teacher", "dalle"], ["dalle", "pocket"]),
+        (["--budget", "0"], ["0", "(0, 1]"]),
+        (["--budget", "1.2"], ["1.2", "(0, 1]"]),
+        (["--budget", "nan"], ["nan"]),
+        (["--budget", "0.05"], ["0.05", "left"]),
+        (["--num-experts", "65"], ["65", "64"]),
+        (["--num-experts", "0"], ["0"]),
+        (["--device", "warp"], ["warp", "cpu"]),
+    ],
+)
+def test_train_refuses_nonsense_in_one_line(arguments, words, refused, tmp_path):
+    refused(train, [*arguments, "--out", str(tmp_path / "run")], *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sample_refuses_nonsense_in_one_line(run, refused, monkeypatch, tmp_path):
+    of_run = ["--run", str(run)]
+    refused(sample, ["  ", *of_run], "empty")
+    refused(sample, of_run, "prompt")
+    (tmp_path / "none.txt").write_text("\n \n")
+    refused(sample, ["--prompts-file", str(tmp_path / "none.txt"), *of_run], "none.txt")
+    refused(sample, ["a giraffe", "--run", str(tmp_path / "nowhere")], "nowhere")
+    refused(sample, ["a giraffe", "--expert", "7", *of_run], "7", "0 to 2")
+    refused(sample, ["a giraffe", "--expert", "1", "--teacher-only", *of_run], "exclude")
+    monkeypatch.chdir(tmp_path)
+    refused(sample, ["a giraffe"], "train.py")
+    refused(finetune, [], "train.py")
+
+
+def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    arguments = ["a giraffe", "--run", str(folder), "--device", "cpu"]
+    refused(sample, arguments, "summary.json")
+    copy_run(run, folder)
+    (folder / "router.safetensors").write_bytes((run / "router.safetensors").read_bytes()[:-9])
+    refused(sample, arguments, "router.safetensors", "damaged")
+    copy_run(run, folder)
+    save_tensors(folder / "codes.safetensors", {"codes": torch.ones(3, 1620, dtype=torch.uint8)}, {"depth": "paper"})
+    refused(sample, arguments, "1620", "another teacher")
+    write_json(folder / "summary.json", read_json(run / "summary.json") | {"teacher": "dalle"})
+    refused(sample, arguments, "dalle")
+
+
+def test_other_settings_do_not_overwrite_a_run(run):
+    before = (run / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="budget: 0.7, now 0.6"):
+        train.train(dataclasses.replace(SMALL, out=run, budget=0.6))
+    with pytest.raises(UserError, match="steps: 5, now 6"):
+        finetune.finetune(finetune.Config(run=run, expert=1, steps=6, batch_size=4, device="cpu"))
+    with pytest.raises(UserError, match="expert 9"):
+        finetune.finetune(finetune.Config(run=run, expert=9, device="cpu"))
+    assert (run / "summary.json").read_bytes() == before
+    assert json.loads(before)["budget"] == 0.7
+
+
+def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    """Stopped after three of five steps, it ends with the very weights of the undisturbed expert."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    copy_run(run, folder)
+    cfg = finetune.Config(run=folder, expert=1, steps=5, batch_size=4, device="cpu", save_every=1)
+    step, calls = finetune.finetuning_step, []
+
+    def stop_at_three(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(finetune, "finetuning_step", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(cfg)
+    assert not finetune.expert_path(folder, 1).exists()
+    monkeypatch.setattr(finetune, "finetuning_step", step)
+    finetune.finetune(cfg)
+    once, again = (load_tensors(finetune.expert_path(folder_, 1))[0] for folder_ in (run, folder))
+    assert all(torch.equal(once[name], again[name]) for name in once)
