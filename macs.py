@@ -209,59 +209,6 @@ def prunable_macs(layer: Layer, macs: Counter[str]) -> int:
     return sum(macs[f"{layer.name}.{part}"] for part in ("conv1", "time_emb_proj", "conv2"))
 
 
-def level_costs(
-    unet: UNet2DConditionModel, macs: MacsModel, *, latent_size: int, text_tokens: int = 77
-) -> list[dict[str, Any]]:
-    """Units, parameters, MACs and prunable share of MACs of each down, middle and up block.
-
-    What lies outside the blocks is split into `input` and `output`.
-
-    Args:
-        unet: a diffusers UNet2DConditionModel, on any device.
-        macs: its T(a), for the same `latent_size` and `text_tokens`.
-    """
-    model = skeleton(unet)
-    counts = module_macs(model, example_inputs(model, latent_size, text_tokens))
-    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
-    blocks += ["mid_block"] if unet.mid_block is not None else []
-    blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
-
-    def level_of(name: str) -> str:
-        inner = next((block for block in blocks if name.startswith(block + ".")), "input")
-        return "output" if name.startswith(("conv_norm_out.", "conv_out.")) else inner
-
-    params: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        params[level_of(name)] += parameter.numel()
-    level_macs = Counter(
-        {block: counts[block] for block in blocks} | {"output": counts["conv_out"]}
-    )
-    level_macs["input"] = counts[""] - level_macs.total()
-    rows = []
-    for level in ("input", *blocks, "output"):
-        layers = [layer for layer in macs.space.layers if layer.name.startswith(level + ".")]
-        code = torch.ones(macs.space.size)
-        units: Counter[str] = Counter()
-        for layer in layers:
-            code[layer.span] = macs.smallest()[layer.span]
-            units[layer.kind] += layer.units
-        gone = macs.dense - round(macs(code).item())
-        rows.append(
-            {
-                "level": level,
-                "units": units.total(),
-                "groups": units["resnet"],
-                "heads": units["attention"],
-                "ff": units["feedforward"],
-                "depth": units["depth"],
-                "params": params[level],
-                "macs": level_macs[level],
-                "prunable": gone / level_macs[level],
-            }
-        )
-    return rows
-
-
 # ---- budgets ----
 
 

@@ -1,18 +1,21 @@
-"""Trains the pocket teacher from nothing: an autoencoder, then a latent diffusion U-Net, on the emoji target.
+"""Trains the pocket teacher from nothing: an autoencoder, then a latent diffusion U-Net, on emoji.
 
-    python pretrain.py            # goes on from where it was stopped; ends by writing assets/pocket/
-    python pretrain.py --export   # writes assets/pocket/ from the training's present state
+    python pretrain.py            # goes on from where it stopped; ends by writing assets/pocket/
+    python pretrain.py --export   # writes assets/pocket/ from the present state
 
-Both stages use a constant learning rate with warm-up and a linear decay over the last fifth, and ship an exponential
-moving average of the weights. Latents are made zero-mean and unit-variance a channel by folding their statistics
-into the autoencoder's two 1x1 convolutions, so the pipeline needs no scale of its own.
+Both stages use a constant learning rate with warm-up and a linear decay over the last fifth, and
+ship an exponential moving average of the weights. Latents are made zero-mean and unit-variance a
+channel by folding their statistics into the autoencoder's two 1x1 convolutions, so the pipeline
+needs no scale of its own.
 """
 
 from __future__ import annotations
 
+import csv
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -22,10 +25,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
-from data import CaptionedImages, captions_of, list_emoji, load_target
+from data import CaptionedImages, captions_of, list_emoji, load_target, spread
 from runfolder import (
     MetricsLog,
     UserError,
+    as_json,
     batch_rows,
     command_line,
     load_optimizer,
@@ -38,37 +42,37 @@ from runfolder import (
 from teacher import ASSETS, Teacher, pocket_pipeline
 
 LATENT_CHANNELS = 8
-VAE_CONFIG = dict(
-    block_out_channels=(16, 32, 64, 128),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=1,
-    latent_channels=LATENT_CHANNELS,
-    norm_num_groups=16,
-    sample_size=64,
-    scaling_factor=1.0,  # the statistics are folded into the weights
-)
-UNET_CONFIG = dict(
-    sample_size=8,
-    in_channels=LATENT_CHANNELS,
-    out_channels=LATENT_CHANNELS,
-    block_out_channels=(64, 128, 192),
-    layers_per_block=2,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    attention_head_dim=(2, 4, 6),  # diffusers' name for the number of heads a level
-    cross_attention_dim=384,
-    use_linear_projection=True,
-)
-SCHEDULER_CONFIG = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-    skip_prk_steps=True,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
+VAE_CONFIG: dict[str, Any] = {
+    "block_out_channels": (16, 32, 64, 128),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": LATENT_CHANNELS,
+    "norm_num_groups": 16,
+    "sample_size": 64,
+    "scaling_factor": 1.0,  # the statistics are folded into the weights
+}
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "block_out_channels": (64, 128, 192),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (2, 4, 6),  # diffusers' name for the number of heads a level
+    "cross_attention_dim": 384,
+    "use_linear_projection": True,
+}
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,18 @@ class Config:
     guidance_scale: float = 3.0
     """Guidance scale that the teacher carries as its default."""
     vae_ema_decay: float = 0.99
-    """Decay of the moving average of the autoencoder's weights: short, since it changes fast until its rate decays."""
+    """Decay of the moving average of the autoencoder's weights.
+
+    Short, since it changes fast until its rate decays.
+    """
     unet_ema_decay: float = 0.995
     """Decay of the moving average of the U-Net's weights."""
     save_every: int = 100
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of everything random."""
+    limit: int | None = None
+    """Use only this many training images, for a quick trial; all if not given."""
     export: bool = False
     """Write the assets from the present state and stop."""
 
@@ -129,19 +138,28 @@ class Training:
         self.step = 0
         if path.exists():
             tensors, meta = load_tensors(path)
-            self.model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-            self.ema.load_state_dict({k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")})
+            self.model.load_state_dict(
+                {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+            )
+            self.ema.load_state_dict(
+                {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
+            )
             load_optimizer(self.optimizer, tensors)
             self.step = meta["step"]
 
     def save(self) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()} | optimizer_tensors(self.optimizer)
+        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()} | optimizer_tensors(
+            self.optimizer
+        )
         save_tensors(self.path, tensors, {"step": self.step})
 
     def update(self, loss: Tensor, rate: float) -> None:
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss became {loss.item()} at step {self.step}; the last good state is in {self.path}")
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.step}; the last good state is in "
+                f"{self.path}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss.backward()
@@ -160,8 +178,11 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
-def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, cfg: Config) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences, squares on pixels, and the latent's KL to a unit Gaussian, each a mean."""
+def vae_loss(
+    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, cfg: Config
+) -> dict[str, Tensor]:
+    """L1 on pixels and on their differences, squares on pixels, and the latent's KL to a unit "
+    "Gaussian, each a mean."""
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.sample(generator)).sample
     pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
@@ -172,12 +193,26 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator, cfg
 
 
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
-    """Train (or finish training) the autoencoder; gives the averaged one, its latents standardised."""
+    """Train (or finish training) the autoencoder.
+
+    Gives the averaged one, its latents standardised.
+    """
     torch.manual_seed(cfg.seed)
-    training = Training(AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last), cfg.out / "vae.safetensors", cfg.vae_ema_decay)
+    training = Training(
+        AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last),
+        cfg.out / "vae.safetensors",
+        cfg.vae_ema_decay,
+    )
     columns = ["loss", "pixel", "square", "edge", "kl"]
     log = MetricsLog(cfg.out / "vae.csv", columns, training.step)
-    bar = trange(training.step, cfg.vae_steps, initial=training.step, total=cfg.vae_steps, desc="autoencoder", disable=cfg.export)
+    bar = trange(
+        training.step,
+        cfg.vae_steps,
+        initial=training.step,
+        total=cfg.vae_steps,
+        desc="autoencoder",
+        disable=cfg.export,
+    )
     for step in bar if not cfg.export else []:
         rows = batch_rows(len(data), cfg.vae_batch_size, cfg.seed, step)
         images = data.images(rows).to(memory_format=torch.channels_last)
@@ -195,11 +230,16 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, data: CaptionedImages, images: int = 1024) -> None:
-    """Fold each latent channel's mean and deviation over `data` into `quant_conv` and `post_quant_conv`, in place."""
+    """Fold each latent channel's mean and deviation over `data` into `quant_conv` and "
+    "`post_quant_conv`, in place."""
     rows = torch.linspace(0, len(data) - 1, images).long()
-    means = torch.cat([vae.encode(data.images(part)).latent_dist.mean for part in rows.split(64)])  # (images, C, 8, 8)
+    means = torch.cat(
+        [vae.encode(data.images(part)).latent_dist.mean for part in rows.split(64)]
+    )  # (images, C, 8, 8)
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))  # (C,)
-    scale = torch.cat([1 / std, torch.ones_like(std)])  # the second half of the output is a log-variance: shift, not scale
+    scale = torch.cat(
+        [1 / std, torch.ones_like(std)]
+    )  # the second half of the output is a log-variance: shift, not scale
     shift = torch.cat([-mean / std, -2 * std.log()])
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.post_quant_conv.weight *= std[None, :, None, None]
@@ -209,7 +249,8 @@ def standardise_latents(vae: AutoencoderKL, data: CaptionedImages, images: int =
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, data: CaptionedImages) -> float:
-    """Peak signal-to-noise ratio of reconstructions, in dB, from the mean squared error over all images of `data`."""
+    """Peak signal-to-noise ratio of reconstructions, in dB, from the mean squared error over all "
+    "images of `data`."""
     total = 0.0
     for rows in torch.arange(len(data)).split(64):
         images = data.images(rows)
@@ -222,37 +263,66 @@ def reconstruction_psnr(vae: AutoencoderKL, data: CaptionedImages) -> float:
 
 
 @torch.no_grad()
-def encode_everything(teacher: Teacher, data: CaptionedImages) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """Latents (rows, C, 8, 8); text states (captions, tokens, 384) in half precision, the empty caption first; a row's caption numbers."""
-    latents = torch.cat([teacher.encode_images(data.images(rows)) for rows in torch.arange(len(data)).split(128)])
+def encode_everything(
+    teacher: Teacher, data: CaptionedImages
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Latents (rows, C, 8, 8).
+
+    Text states (captions, tokens, 384) in half precision, the empty caption first; a row's caption
+    numbers.
+    """
+    latents = torch.cat(
+        [teacher.encode_images(data.images(rows)) for rows in torch.arange(len(data)).split(128)]
+    )
     number: dict[str, int] = {"": 0}
-    choices = [[number.setdefault(line, len(number)) for line in captions_of(e)] for e in list_emoji() if not e.held_out]
-    assert len(choices) == len(data)
+    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
+    choices = [
+        [number.setdefault(line, len(number)) for line in captions_of(drawings[row])]
+        for row in spread(len(drawings), len(data))
+    ]
     captions = list(number)
-    states = [teacher.encode_text(captions[i : i + 256]).half() for i in trange(0, len(captions), 256, desc="captions")]
+    states = [
+        teacher.encode_text(captions[i : i + 256]).half()
+        for i in trange(0, len(captions), 256, desc="captions")
+    ]
     return latents, torch.cat(states), choices
 
 
 def train_unet(cfg: Config, vae: AutoencoderKL, data: CaptionedImages) -> UNet2DConditionModel:
     """Train (or finish training) the U-Net on standardised latents; gives the averaged one."""
     torch.manual_seed(cfg.seed)
-    training = Training(UNet2DConditionModel(**UNET_CONFIG), cfg.out / "unet.safetensors", cfg.unet_ema_decay)
+    training = Training(
+        UNet2DConditionModel(**UNET_CONFIG), cfg.out / "unet.safetensors", cfg.unet_ema_decay
+    )
     if training.step < cfg.unet_steps and not cfg.export:
-        teacher = Teacher("pocket", pocket_pipeline(vae, training.model, PNDMScheduler(**SCHEDULER_CONFIG)), cfg.guidance_scale)
+        teacher = Teacher(
+            "pocket",
+            pocket_pipeline(vae, training.model, PNDMScheduler(**SCHEDULER_CONFIG)),
+            cfg.guidance_scale,
+        )
         schedule = teacher.noise_schedule()
         latents, states, choices = encode_everything(teacher, data)
         log = MetricsLog(cfg.out / "unet.csv", ["loss"], training.step)
-        bar = trange(training.step, cfg.unet_steps, initial=training.step, total=cfg.unet_steps, desc="U-Net")
+        bar = trange(
+            training.step, cfg.unet_steps, initial=training.step, total=cfg.unet_steps, desc="U-Net"
+        )
         for step in bar:
             draw = step_generator(cfg.seed, "unet", step)
             rows = batch_rows(len(data), cfg.unet_batch_size, cfg.seed, step)
             pick = torch.rand(len(rows), generator=draw)
-            captions = torch.tensor([choices[row][int(p * len(choices[row]))] for row, p in zip(rows.tolist(), pick.tolist(), strict=True)])
+            captions = torch.tensor(
+                [
+                    choices[row][int(p * len(choices[row]))]
+                    for row, p in zip(rows.tolist(), pick.tolist(), strict=True)
+                ]
+            )
             captions[torch.rand(len(rows), generator=draw) < cfg.caption_dropout] = 0
             x0 = latents[rows]  # (B, C, 8, 8)
             noise = torch.randn(x0.shape, generator=draw)
             t = torch.randint(schedule.config.num_train_timesteps, (len(rows),), generator=draw)
-            prediction = training.model(schedule.add_noise(x0, noise, t), t, states[captions].float()).sample
+            prediction = training.model(
+                schedule.add_noise(x0, noise, t), t, states[captions].float()
+            ).sample
             loss = F.mse_loss(prediction, schedule.get_velocity(x0, noise, t))
             training.update(loss, learning_rate(step, cfg.unet_steps, cfg.unet_lr))
             log.write(step, {"loss": loss.item()})
@@ -264,12 +334,15 @@ def train_unet(cfg: Config, vae: AutoencoderKL, data: CaptionedImages) -> UNet2D
 
 
 def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: float) -> None:
-    """Write the teacher's parts in half precision, in diffusers' layout, with its settings and training figures."""
+    """Write the teacher's parts in half precision, in diffusers' layout, with its settings and "
+    "training figures."""
     for name, part in {"vae": vae, "unet": unet}.items():
         part.half().save_pretrained(cfg.assets / name)
         part.float()
     PNDMScheduler(**SCHEDULER_CONFIG).save_pretrained(cfg.assets / "scheduler")
-    write_json(cfg.assets / "teacher.json", {"guidance_scale": cfg.guidance_scale, "resolution": 64})
+    write_json(
+        cfg.assets / "teacher.json", {"guidance_scale": cfg.guidance_scale, "resolution": 64}
+    )
     _, vae_meta = load_tensors(cfg.out / "vae.safetensors")
     _, unet_meta = load_tensors(cfg.out / "unet.safetensors")
     figures = {
@@ -279,21 +352,49 @@ def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: fl
         "guidance": cfg.guidance_scale,
         "params_unet": sum(p.numel() for p in unet.parameters()),
         "params_vae": sum(p.numel() for p in vae.parameters()),
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(cfg).items()},
+        "config": as_json(cfg),
     }
     write_json(cfg.assets / "training.json", figures)
 
 
+def plot_curves(cfg: Config) -> None:
+    """Both stages' losses over the images seen, as <assets>/curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    stages = (("vae", "pixel", cfg.vae_batch_size), ("unet", "loss", cfg.unet_batch_size))
+    for axis, (name, column, batch_size) in zip(axes, stages, strict=True):
+        with (cfg.out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file)]
+        width = max(1, len(rows) // 100)
+        means = [
+            sum(value for _, value in rows[i : i + width]) / len(rows[i : i + width])
+            for i in range(0, len(rows), width)
+        ]
+        axis.plot([step * batch_size / 1000 for step, _ in rows[::width]], means)
+        axis.set(title=f"{name}: {column}", xlabel="thousand images", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(cfg.assets / "curves.png", dpi=80)
+    plt.close(figure)
+
+
 def pretrain(cfg: Config) -> None:
     """Both stages, each from where it was, then the export."""
-    train, validation = load_target("emoji", "train"), load_target("emoji", "validation")
+    train, validation = (load_target("emoji", s, limit=cfg.limit) for s in ("train", "validation"))
     if cfg.export and not (cfg.out / "unet.safetensors").exists():
-        raise UserError(f"--export: {cfg.out / 'unet.safetensors'} does not exist yet; run `python pretrain.py` first")
+        raise UserError(
+            f"--export: {cfg.out / 'unet.safetensors'} does not exist yet; run `python "
+            f"pretrain.py` first"
+        )
     vae = train_vae(cfg, train)
     psnr = reconstruction_psnr(vae, validation)
     print(f"autoencoder: {psnr:.2f} dB on {len(validation)} validation images")
     unet = train_unet(cfg, vae, train)
     export(cfg, vae, unet, psnr)
+    plot_curves(cfg)
     print(f"wrote {cfg.assets}")
 
 

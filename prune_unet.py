@@ -16,8 +16,8 @@ Departures from the paper, and what it leaves open:
 - Where the width gates sit (Eq. 10 says "feature maps"): where a closed unit contributes exactly
   nothing, so that the expert which is cut out computes what was trained.
   ResBlock: on the input of `conv2`, after `norm2` and the nonlinearity; a unit is one of `norm2`'s
-  groups, and each is normalised on its own. Before `norm2` a mask would do neither: the norm cancels
-  a soft mask's scale (no gradient reaches the gate) and turns a zeroed group into its bias.
+  groups, each normalised on its own. Before `norm2` a mask would not do: the norm cancels a soft
+  mask's scale (next to no gradient reaches the gate) and turns a zeroed group into its bias.
   Attention: on the input of `to_out`; a unit is a head. Feed-forward: on the input of the last
   linear layer; a unit is a slice of its width.
 - Training is soft throughout: Eqs. 10-11 multiply by the soft gates of Eq. 9, never by rounded
@@ -28,10 +28,10 @@ Departures from the paper, and what it leaves open:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,12 +49,11 @@ from gates import ArchSpace, Layer
 # what a code costs is part of pruning a U-Net: the scripts import it from here
 from macs import MacsModel as MacsModel
 from macs import check_budget as check_budget
-from macs import level_costs, measure_macs, paper_macs, skeleton
+from macs import measure_macs as measure_macs
 from macs import meet_budget as meet_budget
-from runfolder import UserError, command_line, load_tensors, read_json, save_tensors
-
-ASSETS = Path(__file__).resolve().parent / "assets"
-
+from macs import skeleton
+from runfolder import UserError, command_line, load_tensors, save_tensors
+from unets import describe, print_table
 
 # ---- gates on a running U-Net ----
 
@@ -174,12 +173,14 @@ def blend(u: Tensor, output: Tensor, features: Tensor) -> Tensor:
 
 
 class BlockRecorder:
-    """Keeps the outputs of a U-Net's down, middle and up blocks, for block distillation (Eq. 28)."""
+    """Keeps the outputs of a U-Net's down, middle and up blocks, for block distillation."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.outputs: list[Tensor] = []
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block]
+        self.hooks = [
+            block.register_forward_hook(self.keep) for block in blocks if block is not None
+        ]
 
     def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # a down block also gives its skip connections
@@ -355,7 +356,7 @@ def fingerprint(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -400,7 +401,7 @@ def load_expert(
 # ---- the command: what can be pruned, and what it costs ----
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Shows what can be pruned of a U-Net, level by level, and what it costs.
 
@@ -422,79 +423,9 @@ class Config:
     """Print one JSON object instead of the table."""
 
 
-def load_shape(name: str) -> UNet2DConditionModel:
-    """A U-Net on the meta device, by the name of a published one or by folder.
-
-    Raises:
-        UserError: there is no such U-Net, or its configuration is not one of a U-Net.
-    """
-    known = {path.stem: path for path in sorted((ASSETS / "unets").glob("*.json"))}
-    known["pocket"] = ASSETS / "pocket" / "unet" / "config.json"
-    folder = Path(name)
-    places = [known.get(name), folder / "config.json", folder / "unet" / "config.json"]
-    path = next((place for place in places if place and place.is_file()), None)
-    if path is None:
-        raise UserError(
-            f"--unet {name} is unknown; choose {', '.join(known)}, "
-            "or a folder that holds config.json or unet/config.json"
-        )
-    config = read_json(path)
-    if not isinstance(config, dict) or "block_out_channels" not in config:
-        raise UserError(f"{path} is not the configuration of a diffusers UNet2DConditionModel")
-    try:
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config).eval()
-    except (TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not the configuration of a U-Net ({reason})") from None
-
-
-def describe(cfg: Config) -> dict[str, Any]:
-    """Units, parameters and MACs of a U-Net, in all and a level. Raises `UserError`."""
-    unet = load_shape(cfg.unet)
-    resolution = cfg.resolution or 8 * unet.config.sample_size
-    if resolution < 8 or resolution % 8:
-        raise UserError(f"--resolution {resolution} is not a positive multiple of 8; try 768")
-    if cfg.text_tokens < 1:
-        raise UserError(f"--text-tokens {cfg.text_tokens} is too small; choose 1 or more")
-    space = ArchSpace.from_unet(unet, cfg.depth)
-    sizes = {"latent_size": resolution // 8, "text_tokens": cfg.text_tokens}
-    macs = measure_macs(unet, space, **sizes)
-    return {
-        "unet": cfg.unet,
-        "resolution": resolution,
-        "text_tokens": cfg.text_tokens,
-        "units": space.size,
-        "groups": space.count("resnet"),
-        "heads": space.count("attention"),
-        "ff": space.count("feedforward"),
-        "depth": space.count("depth"),
-        "params": sum(p.numel() for p in unet.parameters()),
-        "macs": macs.dense,
-        "macs_paper": paper_macs(unet, latent_size=resolution // 8),
-        "floor": macs.floor / macs.dense,
-        "levels": level_costs(unet, macs, **sizes),
-    }
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """The levels of a U-Net, one a line, then the whole."""
-    columns = ("units", "groups", "heads", "ff", "depth")
-    total = {**found, "level": "total", "prunable": 1 - found["floor"]}
-    print(f"{found['unet']}, {found['resolution']} px, {found['text_tokens']} text tokens")
-    heads = "".join(f"{name:>8}" for name in columns)
-    print(f"{'level':<14}{heads}{'parameters':>15}{'MACs':>12}{'prunable':>10}")
-    for row in [*found["levels"], total]:
-        counts = "".join(f"{row[name]:>8}" for name in columns)
-        numbers = f"{row['params']:>15,}{row['macs'] / 1e9:>10.2f} G{row['prunable']:>10.1%}"
-        print(f"{row['level']:<14}{counts}{numbers}")
-    print(f"lowest budget {found['floor']:.4f}: the dense model's MACs with all of that gone")
-    print(f"MACs by the paper's convention {found['macs_paper'] / 1e9:.2f} G")
-
-
 def main() -> None:
     cfg = tyro.cli(Config)
-    found = describe(cfg)
+    found = describe(cfg.unet, cfg.resolution, cfg.text_tokens, cfg.depth)
     if cfg.json:
         print(json.dumps(found))
     else:

@@ -1,7 +1,8 @@
 """The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2-4, 8, 20-22.
 
-A prompt becomes an embedding z (frozen sentence encoder), an architecture embedding e (one linear layer), and then one of N
-architecture codes: by optimal transport over the batch while training, by cosine similarity afterwards.
+A prompt becomes an embedding z (frozen sentence encoder), an architecture embedding e (one linear
+layer), and then one of N architecture codes: by optimal transport over the batch while training, by
+cosine similarity afterwards.
 
 | symbol | name here | shape |
 |---|---|---|
@@ -13,15 +14,20 @@ architecture codes: by optimal transport over the batch while training, by cosin
 | eta | `router.predictor`, the architecture predictor's weights | (D, dz), (D,) |
 
 Departures from the paper:
-- Similarities (Eqs. 7 and 22) are cosines of *centred* vectors: embeddings minus their mean over the training prompts, codes
-  minus their mean over the experts. Logits start open, so all vectors share a large common part; raw cosines are all near
-  one, and test-time routing collapses onto a few experts. `center=False` gives the paper's letter.
-- Eq. 7 uses A^T E; the cosine is used there too, so that eps = 0.05 means the same for every D and training routes like Eq. 22.
-- Since f_AP is linear, the embeddings' mean is f_AP(mean z), exact at every step; only mean z is stored.
-- Codes start as the centres of a balanced clustering of the training prompts' embeddings, made with the same transport (`start_codes`).
-  The paper says only that the codes start after the warm-up. After that, Eq. 15 moves the predictor by the contrastive loss alone and the
-  codes by the others alone; nothing pulls a code to its prompts, so where they start is what makes them meet.
-- `open_logit`: biases and codes start at +2, i.e. open with probability 0.9994, so that training starts at the dense model.
+- Similarities (Eqs. 7 and 22) are cosines of *centred* vectors: embeddings minus their mean over
+  the training prompts, codes minus their mean over the experts. Logits start open, so all vectors
+  share a large common part; raw cosines are all near one, and test-time routing collapses onto a
+  few experts. `center=False` gives the paper's letter.
+- Eq. 7 uses A^T E; the cosine is used there too, so that eps = 0.05 means the same for every D and
+  training routes like Eq. 22.
+- Since f_AP is linear, the embeddings' mean is f_AP(mean z), exact at every step; only mean z is
+  stored.
+- Codes start as the centres of a balanced clustering of the training prompts' embeddings, made with
+  the same transport (`start_codes`). The paper says only that the codes start after the warm-up.
+  After that, Eq. 15 moves the predictor by the contrastive loss alone and the codes by the others
+  alone; nothing pulls a code to its prompts, so where they start is what makes them meet.
+- `open_logit`: biases and codes start at +2, i.e. open with probability 0.9994, so that training
+  starts at the dense model.
 """
 
 from __future__ import annotations
@@ -42,7 +48,10 @@ MAX_PROMPT_CHARACTERS = 10_000
 
 
 class PromptEncoder:
-    """A frozen Sentence Transformer. `name`: `minilm` (384-d, comes with a package), a folder, or a hub id."""
+    """A frozen Sentence Transformer.
+
+    `name`: `minilm` (384-d, comes with a package), a folder, or a hub id.
+    """
 
     def __init__(self, name: str = "minilm", device: torch.device | str = "cpu") -> None:
         from sentence_transformers import SentenceTransformer
@@ -53,8 +62,10 @@ class PromptEncoder:
             self.model = SentenceTransformer(source, device=str(device))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--prompt-encoder {name} could not be loaded ({str(error).splitlines()[0][:120]}); "
-                f"use {', '.join(PROMPT_ENCODERS)}, a local folder, or fetch it once on a machine with network"
+                f"--prompt-encoder {name} could not be loaded "
+                f"({str(error).splitlines()[0][:120]}); "
+                f"use {', '.join(PROMPT_ENCODERS)}, a local folder, or fetch it once on a machine "
+                f"with network"
             ) from None
 
     def __call__(self, prompts: Sequence[str], *, progress: bool = False) -> Tensor:
@@ -81,7 +92,13 @@ class PromptRouter(nn.Module):
     mean_z: Tensor
 
     def __init__(
-        self, prompt_dim: int, num_units: int, num_experts: int, *, center: bool = True, open_logit: float = 2.0
+        self,
+        prompt_dim: int,
+        num_units: int,
+        num_experts: int,
+        *,
+        center: bool = True,
+        open_logit: float = 2.0,
     ) -> None:
         super().__init__()
         self.center = center
@@ -100,7 +117,8 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def similarity(self, e: Tensor, codes: Tensor | None = None) -> Tensor:
-        """Cosine similarity of each code with each embedding, (B, D) -> (N, B), centred unless `center` is off."""
+        """Cosine similarity of each code with each embedding, (B, D) -> (N, B), centred unless "
+        "`center` is off."""
         A = self.codes if codes is None else codes  # (N, D)
         if self.center:
             e = e - self.predictor(self.mean_z)
@@ -108,7 +126,10 @@ class PromptRouter(nn.Module):
         return F.normalize(A, dim=-1) @ F.normalize(e, dim=-1).T
 
     def transport(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
-        """I = argmax over codes of B Q*: the experts of a training batch, (B, D) -> (B,) [Eq. 20]"""
+        """I = argmax over codes of B Q*.
+
+        The experts of a training batch, (B, D) -> (B,) [Eq. 20]
+        """
         return sinkhorn(self.similarity(e), eps, iterations).argmax(0)
 
     def assign(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> tuple[Tensor, Tensor]:
@@ -120,12 +141,20 @@ class PromptRouter(nn.Module):
         return experts, self.codes[experts]
 
     def nearest(self, e: Tensor) -> Tensor:
-        """The expert whose code has the highest cosine similarity, (B, D) -> (B,); no prompt influences another's [Eq. 22]"""
+        """The expert whose code has the highest cosine similarity, (B, D) -> (B,).
+
+        No prompt influences another's [Eq. 22]
+        """
         return self.similarity(e).argmax(0)
 
     @torch.no_grad()
-    def route(self, prompts: Sequence[str] | Tensor, encoder: PromptEncoder | None = None) -> Tensor:
-        """a = f_PR(p; eta, A): test-time experts of prompts (or of their embeddings z), (B,) [Eq. 2]"""
+    def route(
+        self, prompts: Sequence[str] | Tensor, encoder: PromptEncoder | None = None
+    ) -> Tensor:
+        """a = f_PR(p.
+
+        Eta, A): test-time experts of prompts (or of their embeddings z), (B,) [Eq. 2]
+        """
         if not isinstance(prompts, Tensor):
             if encoder is None:
                 raise ValueError("routing text needs an encoder")
@@ -133,10 +162,13 @@ class PromptRouter(nn.Module):
         return self.nearest(self(prompts.to(self.codes.device)))
 
     @torch.no_grad()
-    def start_codes(self, z: Tensor, *, seed: int = 0, iterations: int = 20, sample: int = 8192) -> None:
+    def start_codes(
+        self, z: Tensor, *, seed: int = 0, iterations: int = 20, sample: int = 8192
+    ) -> None:
         """Set the codes to the centres of a balanced clustering of the prompts' embeddings.
 
-        Lloyd's iterations in which the transport of Eq. 5 does the assigning, so that no cluster runs empty.
+        Lloyd's iterations in which the transport of Eq. 5 does the assigning, so that no cluster
+        runs empty.
 
         Args:
             z: embeddings of training prompts, (P, dz), at least N.
@@ -156,4 +188,9 @@ class PromptRouter(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What `PromptRouter(**settings)` needs to make an empty router of this shape."""
         units, prompt_dim = self.predictor.weight.shape
-        return {"prompt_dim": prompt_dim, "num_units": units, "num_experts": self.num_experts, "center": self.center}
+        return {
+            "prompt_dim": prompt_dim,
+            "num_units": units,
+            "num_experts": self.num_experts,
+            "center": self.center,
+        }

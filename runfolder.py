@@ -1,8 +1,9 @@
-"""A run is a folder: configuration, checkpoints, metrics and results, written so that a kill never spoils them.
+"""A run is a folder, written so that a kill never spoils it: settings, checkpoints, results.
 
-Everything is JSON, CSV or safetensors; nothing is pickled. A file is written under a temporary name beside its place
-and then moved there, so a reader sees the old file or the new one, never half of one. Randomness is a function of
-(seed, purpose, step), so a checkpoint needs no random state and a resumed run repeats the undisturbed one exactly.
+Everything is JSON, CSV or safetensors; nothing is pickled. A file is written under a temporary name
+beside its place and then moved there, so a reader sees the old file or the new one, never half of
+one. Randomness is a function of (seed, purpose, step), so a checkpoint needs no random state and a
+resumed run repeats the undisturbed one exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,20 @@ RUNS = Path("runs")
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. Its text is one line: what, the value, what is allowed, what to do."""
+    """Something that the person at the keyboard can mend.
+
+    Its text is one line: what, the value, what is allowed, what to do.
+    """
 
 
 def command_line(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks run on `kill`
+    """Run a script's `main`.
+
+    A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that `finally` blocks run on `kill`
     quiet_libraries()
     try:
         main()
@@ -45,7 +55,10 @@ def command_line(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"error: {error}: check that the disk has room and the path can be written", file=sys.stderr)
+        print(
+            f"error: {error}: check that the disk has room and the path can be written",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -60,7 +73,10 @@ def quiet_libraries() -> None:
 
 
 def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, purpose, step) alone: the randomness of one step of one thing."""
+    """A CPU generator that depends on (seed, purpose, step) alone.
+
+    The randomness of one step of one thing.
+    """
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -97,13 +113,18 @@ def newest_run(root: Path = RUNS) -> Path:
     """The complete run that was finished last. Raises `UserError` where there is none."""
     runs = sorted(root.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise UserError(f"there is no finished run under {root.resolve()}; run `python train.py` first, or name one with --run")
+        raise UserError(
+            f"there is no finished run under {root.resolve()}; run `python train.py` first, or "
+            f"name one with --run"
+        )
     return runs[-1].parent
 
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -111,54 +132,135 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the folder is incomplete; run the command that makes it again") from None
+        raise UserError(
+            f"{path} is missing: the folder is incomplete; run the command that makes it again"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its command again") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); delete it and run its command again"
+        ) from None
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
+def as_json(cfg: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON values."""
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in asdict(cfg).items()
+    }
+
+
+def refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises `UserError` where `path` was made with other settings than those asked for now."""
+    changed = [
+        f"{key}: {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(changed)}); "
+            "use those again, choose another place, or delete it"
+        )
+
+
+def claim(run: Path, settings: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Refuse a run folder that holds something else; settings in `free` may differ.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or files that are no run.
+    """
+    if (run / "config.json").exists():
+        old = read_json(run / "config.json")
+        refuse_other_settings(run, old, {k: v for k, v in settings.items() if k not in free})
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run; choose another folder with --out")
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None
+) -> None:
     """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all."""
     header = {"meta": json.dumps(meta or {})}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            header,
+        )
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote. Raises `UserError`, naming the file, where it is missing, cut short or not safetensors."""
+    """Read what `save_tensors` wrote.
+
+    Raises `UserError`, naming the file, where it is missing, cut short or not safetensors.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("meta", "{}"))
+            return {name: file.get_tensor(name) for name in list(file.keys())}, json.loads(
+                (file.metadata() or {}).get("meta", "{}")
+            )
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the folder is incomplete; run the command that makes it again") from None
+        raise UserError(
+            f"{path} is missing: the folder is incomplete; run the command that makes it again"
+        ) from None
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run its command again") from None
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run its command again"
+        ) from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:
-    """An optimizer's moments as flat tensors. Hyperparameters are not among them: they come from the configuration."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
+) -> dict[str, Tensor]:
+    """An optimizer's moments as flat tensors.
+
+    Hyperparameters are not among them: they come from the configuration.
+    """
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}/{index}/{key}": torch.as_tensor(value) for index, slots in state.items() for key, value in slots.items()}
+    return {
+        f"{prefix}/{index}/{key}": torch.as_tensor(value)
+        for index, slots in state.items()
+        for key, value in slots.items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer") -> None:
-    """Put the moments of `optimizer_tensors` back."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer"
+) -> None:
+    """Put the moments of `optimizer_tensors` back, each in its parameter's memory layout.
+
+    A fused optimizer walks through parameter and moments in storage order.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix + "/"):
             _, index, key = name.rsplit("/", 2)
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class MetricsLog:
-    """`metrics.csv`: one row a step. Reopened at step k, it drops the rows from k on, which the resumed run writes again."""
+    """`metrics.csv`.
+
+    One row a step. Reopened at step k, it drops the rows from k on, which the resumed run writes
+    again.
+    """
 
     def __init__(self, path: Path, columns: list[str], step: int) -> None:
         rows: list[list[str]] = []
         if path.exists() and step > 0:
             with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < step]
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                rows = [
+                    row
+                    for row in csv.reader(file)
+                    if row and row[0].isdigit() and int(row[0]) < step
+                ]
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows([["step", *columns], *rows])
         self.columns = columns
         self.file = path.open("a", newline="", encoding="utf-8")
@@ -173,11 +275,22 @@ class MetricsLog:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, then mps, then cpu. Raises `UserError` for a device that this machine does not have."""
+    """`auto` is cuda, then mps, then cpu.
+
+    Raises `UserError` for a device that this machine does not have.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not available here; use auto, cpu, or cuda on a machine with a GPU") from None
+        raise UserError(
+            f"--device {name} is not available here; use auto, cpu, or cuda on a machine with a GPU"
+        ) from None

@@ -1,8 +1,8 @@
-"""Drawing: routes prompts, groups them by expert, and denoises each group as one batch. Eq. 22, App. E.2.
+"""Drawing: routes prompts, groups them by expert, denoises each group at once. Eq. 22, App. E.2.
 
     python sample.py "a giraffe"
     python sample.py "a giraffe" "a slice of pizza" --num-images 4
-    python sample.py --prompts-file prompts.txt --compare     # one picture: a row a prompt, teacher beside expert
+    python sample.py --prompts-file prompts.txt --compare   # teacher and expert side by side
 
 From Python:
 
@@ -10,9 +10,11 @@ From Python:
     result = APTPPipeline.from_pretrained("runs/emoji-0.78")(["a giraffe"])
     result.images[0].save("giraffe.png")
 
-The picture of a prompt depends on the prompt and its seed, not on what else is in the batch (up to rounding).
+The picture of a prompt depends on the prompt and its seed, not on what else is in the batch (up to
+rounding).
 
-Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the teacher's own (SD 2.1: 7.5).
+Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the
+teacher's own (SD 2.1: 7.5).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -33,13 +35,24 @@ from finetune import expert_path, load_codes
 from gates import ArchSpace
 from prune_unet import cut_expert, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
-from runfolder import UserError, command_line, load_tensors, newest_run, pick_device, read_json, replacing
+from runfolder import (
+    UserError,
+    command_line,
+    load_tensors,
+    newest_run,
+    pick_device,
+    read_json,
+    replacing,
+)
 from teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the pipeline drew: for each image its prompt, expert (-1: the teacher), MACs ratio and seconds."""
+    """What the pipeline drew.
+
+    For each image its prompt, expert (-1: the teacher), MACs ratio and seconds.
+    """
 
     images: list[Image.Image]
     prompts: list[str]
@@ -51,8 +64,21 @@ class Sampled:
 class APTPPipeline:
     """A teacher, a router, and the experts of one run, loaded when first asked for."""
 
-    def __init__(self, run: Path, teacher: Teacher, router: PromptRouter, encoder: PromptEncoder, ratios: list[float]) -> None:
-        self.run, self.teacher, self.router, self.encoder, self.ratios = run, teacher, router, encoder, ratios
+    def __init__(
+        self,
+        run: Path,
+        teacher: Teacher,
+        router: PromptRouter,
+        encoder: PromptEncoder,
+        ratios: list[float],
+    ) -> None:
+        self.run, self.teacher, self.router, self.encoder, self.ratios = (
+            run,
+            teacher,
+            router,
+            encoder,
+            ratios,
+        )
         self.experts: dict[int, UNet2DConditionModel] = {-1: teacher.unet}
 
     @classmethod
@@ -67,24 +93,40 @@ class APTPPipeline:
         encoder = PromptEncoder(settings.pop("prompt_encoder"), where)
         router = PromptRouter(**settings)
         router.load_state_dict(tensors)
-        pipeline = cls(run, teacher, router.to(where).eval(), encoder, [expert["macs_ratio"] for expert in summary["experts"]])
+        pipeline = cls(
+            run,
+            teacher,
+            router.to(where).eval(),
+            encoder,
+            [expert["macs_ratio"] for expert in summary["experts"]],
+        )
         load_codes(run, pipeline.space)  # refuses another teacher's run before anything is drawn
         return pipeline
 
     @property
     def space(self) -> ArchSpace:
-        return ArchSpace.from_unet(self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"])
+        return ArchSpace.from_unet(
+            self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"]
+        )
 
     def is_finetuned(self, expert: int) -> bool:
         return expert_path(self.run, expert).exists()
 
     def unet(self, expert: int) -> UNet2DConditionModel:
-        """An expert's U-Net: the fine-tuned one, or, before fine-tuning, the one cut out of the teacher. -1 is the teacher."""
+        """An expert's U-Net.
+
+        The fine-tuned one, or, before fine-tuning, the one cut out of the teacher. -1 is the
+        teacher.
+        """
         if expert not in self.experts:
             if self.is_finetuned(expert):
-                self.experts[expert], _ = load_expert(expert_path(self.run, expert), self.teacher.device)
+                self.experts[expert], _ = load_expert(
+                    expert_path(self.run, expert), self.teacher.device
+                )
             else:
-                self.experts[expert] = cut_expert(self.teacher.unet, load_codes(self.run, self.space)[expert], self.space)
+                self.experts[expert] = cut_expert(
+                    self.teacher.unet, load_codes(self.run, self.space)[expert], self.space
+                )
         return self.experts[expert]
 
     def route(self, prompts: Sequence[str]) -> list[int]:
@@ -118,7 +160,9 @@ class APTPPipeline:
         for prompt in prompts:
             check_prompt(prompt)
         if expert is not None and not -1 <= expert < len(self.ratios):
-            raise UserError(f"--expert {expert} is not in {self.run}; choose one of 0 to {len(self.ratios) - 1}")
+            raise UserError(
+                f"--expert {expert} is not in {self.run}; choose one of 0 to {len(self.ratios) - 1}"
+            )
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         assert len(seeds) == len(prompts)
         experts = self.route(prompts) if expert is None else [expert] * len(prompts)
@@ -134,7 +178,9 @@ class APTPPipeline:
                     drawn = self.teacher.pipe(
                         [prompts[row] for row in rows],
                         num_inference_steps=num_inference_steps,
-                        guidance_scale=self.teacher.guidance_scale if guidance_scale is None else guidance_scale,
+                        guidance_scale=self.teacher.guidance_scale
+                        if guidance_scale is None
+                        else guidance_scale,
                         generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
                     ).images
                 finally:
@@ -143,7 +189,13 @@ class APTPPipeline:
                 seconds |= dict.fromkeys(rows, (time.time() - clock) / len(rows))
         order = range(len(prompts))
         ratios = [1.0 if i < 0 else self.ratios[i] for i in experts]
-        return Sampled([images[row] for row in order], list(prompts), experts, ratios, [seconds[row] for row in order])
+        return Sampled(
+            [images[row] for row in order],
+            list(prompts),
+            experts,
+            ratios,
+            [seconds[row] for row in order],
+        )
 
 
 def check_prompt(prompt: str) -> None:
@@ -151,7 +203,9 @@ def check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise UserError('a prompt is empty; write what to draw, such as "a giraffe"')
     if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise UserError(f"a prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
+        raise UserError(
+            f"a prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
+        )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -159,7 +213,10 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file {path} could not be read ({error}); give a UTF-8 text file with a prompt a line") from None
+        raise UserError(
+            f"--prompts-file {path} could not be read ({error}); give a UTF-8 text file with a "
+            f"prompt a line"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt; write one a line")
@@ -170,16 +227,25 @@ def comparison(left: Sampled, right: Sampled, zoom: int = 2) -> Image.Image:
     """One picture: a row a prompt, with the prompt, the teacher's drawing and the expert's."""
     size = left.images[0].width * zoom
     text, head = 260, 24
-    canvas = Image.new("RGB", (text + 2 * (size + 8), head + len(left.images) * (size + 8)), "white")
+    canvas = Image.new(
+        "RGB", (text + 2 * (size + 8), head + len(left.images) * (size + 8)), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(("teacher", "routed expert")):
         draw.text((text + column * (size + 8), 6), title, fill="black")
     for row, prompt in enumerate(left.prompts):
         top = head + row * (size + 8)
         draw.text((6, top + size // 2 - 14), prompt[:42], fill="black")
-        draw.text((6, top + size // 2 + 2), f"expert {right.experts[row]}, {right.macs_ratios[row]:.2f} of the MACs", fill="gray")
+        draw.text(
+            (6, top + size // 2 + 2),
+            f"expert {right.experts[row]}, {right.macs_ratios[row]:.2f} of the MACs",
+            fill="gray",
+        )
         for column, image in enumerate((left.images[row], right.images[row])):
-            canvas.paste(image.resize((size, size), Image.Resampling.LANCZOS), (text + column * (size + 8), top))
+            canvas.paste(
+                image.resize((size, size), Image.Resampling.LANCZOS),
+                (text + column * (size + 8), top),
+            )
     return canvas
 
 
@@ -224,7 +290,10 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def sample(cfg: Config) -> Sampled:
-    """Draw what `cfg` asks for, write the files and print a line for each. Raises `UserError` for what the user can mend."""
+    """Draw what `cfg` asks for, write the files and print a line for each.
+
+    Raises `UserError` for what the user can mend.
+    """
     prompts = [*cfg.prompts, *(read_prompts(cfg.prompts_file) if cfg.prompts_file else [])]
     if not prompts:
         raise UserError('no prompt was given; try: python sample.py "a giraffe"')
@@ -241,7 +310,11 @@ def sample(cfg: Config) -> Sampled:
     pipeline = APTPPipeline.from_pretrained(run, cfg.device)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
-    options = {"seeds": seeds, "num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance}
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "num_inference_steps": cfg.steps,
+        "guidance_scale": cfg.guidance,
+    }
     drawn = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
     out = cfg.out or run / "samples"
     for (prompt, seed), image, expert, ratio, seconds in zip(
@@ -249,7 +322,11 @@ def sample(cfg: Config) -> Sampled:
     ):
         path = out / file_name(prompt, seed)
         save_png(image, path)
-        who = "teacher" if expert < 0 else f"expert {expert}" + ("" if pipeline.is_finetuned(expert) else " (not fine-tuned)")
+        who = (
+            "teacher"
+            if expert < 0
+            else f"expert {expert}" + ("" if pipeline.is_finetuned(expert) else " (not fine-tuned)")
+        )
         print(f"{path}  {who}  MACs ratio {ratio:.3f}  {seconds:.2f} s")
     if cfg.compare:
         save_png(comparison(pipeline(names, expert=-1, **options), drawn), out / "comparison.png")

@@ -1,15 +1,17 @@
 """The pruning stage: Sec. 3.3.1 and App. E.2, Eq. 15.
 
-    python train.py                                  # emoji, the pocket teacher, 0.78 of its MACs, 8 experts
+    python train.py                          # emoji, pocket teacher, 0.78 of its MACs, 8 experts
     python train.py --budget 0.6 --num-experts 4
 
-Warm-up: each prompt is pruned by its own predicted architecture e' (Eq. 12). Then the codes start from the embeddings' clusters, and
-codes and predictor are trained jointly, prompts being assigned by optimal transport. The U-Net's weights stay frozen throughout, and
-the teacher is the same U-Net with its gates open. At the end the codes become binary, so that the experts' mean MACs over
-the training prompts meet the budget. A killed run goes on with the same command.
+Warm-up: each prompt is pruned by its own predicted architecture e' (Eq. 12). Then the codes start
+from the embeddings' clusters, and codes and predictor are trained jointly, prompts being assigned
+by optimal transport. The U-Net's weights stay frozen throughout, and the teacher is the same U-Net
+with its gates open. At the end the codes become binary, so that the experts' mean MACs over the
+training prompts meet the budget. A killed run goes on with the same command.
 
 Departures from the paper:
-- On `emoji`, far fewer and larger steps than the paper's 3000 at 2e-4: the defaults depend on the target, and `--help` gives both.
+- On `emoji`, far fewer and larger steps than the paper's 3000 at 2e-4: the defaults depend on the
+  target, and `--help` gives both.
 - Latents are the autoencoder's means, encoded once, instead of fresh samples from its posterior.
 """
 
@@ -27,18 +29,29 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm, trange
+from tqdm import trange
 
 import losses
 from data import TARGETS, CaptionedImages, load_target
 from gates import DEPTH_MODES, ArchSpace, gumbel_sigmoid
-from prune_unet import BlockRecorder, GateHandle, MacsModel, attach_gates, check_budget, cut_expert, measure_macs, meet_budget
+from prune_unet import (
+    BlockRecorder,
+    GateHandle,
+    MacsModel,
+    attach_gates,
+    check_budget,
+    cut_expert,
+    measure_macs,
+    meet_budget,
+)
 from router import PromptEncoder, PromptRouter
 from runfolder import (
     RUNS,
     MetricsLog,
     UserError,
+    as_json,
     batch_rows,
+    claim,
     command_line,
     load_optimizer,
     load_tensors,
@@ -49,7 +62,7 @@ from runfolder import (
     step_generator,
     write_json,
 )
-from teacher import TEACHERS, Teacher, load_teacher
+from teacher import TEACHERS, Noised, Teacher, add_noise, encode_target, load_teacher
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,11 @@ class Config:
     teacher: str = "pocket"
     """The text-to-image model to prune."""
     budget: float = 0.78
-    """T_d: mean MACs of the experts over the training prompts, as a share of the teacher's (paper: 0.64 to 0.85)."""
+    """T_d.
+
+    Mean MACs of the experts over the training prompts, as a share of the teacher's (paper: 0.64 to
+    0.85).
+    """
     num_experts: int = 8
     """N, the number of architecture codes (paper: 8 or 16)."""
     data_dir: Path | None = None
@@ -109,7 +126,13 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "emoji": {"warmup_steps": 40, "joint_steps": 160, "batch_size": 64, "lr": 0.05, "lr_warmup": 10},
+    "emoji": {
+        "warmup_steps": 40,
+        "joint_steps": 160,
+        "batch_size": 64,
+        "lr": 0.05,
+        "lr_warmup": 10,
+    },
 }
 
 
@@ -120,12 +143,17 @@ def resolve(cfg: Config) -> Config:
     if cfg.teacher not in TEACHERS:
         raise UserError(f"--teacher {cfg.teacher} is unknown; choose one of: {', '.join(TEACHERS)}")
     if not 0 < cfg.budget <= 1:
-        raise UserError(f"--budget {cfg.budget} is not a share of the dense model's MACs; choose a number in (0, 1]")
+        raise UserError(
+            f"--budget {cfg.budget} is not a share of the dense model's MACs; choose a number in "
+            f"(0, 1]"
+        )
     if cfg.depth not in DEPTH_MODES:
         raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
     given = {key: value for key, value in asdict(cfg).items() if value is not None}
     cfg = replace(cfg, **{key: given.get(key, value) for key, value in PRESETS[cfg.target].items()})
-    assert cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
+    assert (
+        cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
+    )
     for name, value, least in (
         ("num-experts", cfg.num_experts, 1),
         ("batch-size", cfg.batch_size, 2),
@@ -138,70 +166,47 @@ def resolve(cfg: Config) -> Config:
             raise UserError(f"--{name} {value} is too small; choose {least} or more")
     if cfg.num_experts > cfg.batch_size:
         raise UserError(
-            f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the transport gives every expert "
+            f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
+            f"transport gives every expert "
             "a share of each batch; lower the one or raise the other"
         )
     return replace(cfg, out=cfg.out or RUNS / f"{cfg.target}-{cfg.budget:g}")
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A target's rows as the U-Net reads them, on the CPU."""
-
-    latents: Tensor  # (rows, C, h, w)
-    text: Tensor  # (rows, tokens, width), text states
-
-
-def encode_target(teacher: Teacher, data: CaptionedImages, batch: int = 64) -> Encoded:
-    """Run autoencoder and text encoder over all rows once, in a fixed order, so that a resumed run sees the same numbers."""
-    latents, text = [], []
-    for rows in tqdm(torch.arange(len(data)).split(batch), desc="encoding images and captions", unit="batch"):
-        latents.append(teacher.encode_images(data.images(rows)).cpu())
-        text.append(teacher.encode_text([data.captions[row] for row in rows]).cpu())
-    return Encoded(torch.cat(latents), torch.cat(text))
-
-
-@dataclass(frozen=True)
-class Noised:
-    """One batch at random timesteps: everything that teacher and student are asked about."""
-
-    sample: Tensor  # x_t, (B, C, h, w)
-    t: Tensor  # (B,)
-    text: Tensor  # (B, tokens, width)
-    target: Tensor  # what the teacher was trained to predict, (B, C, h, w)
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the U-Net."""
-        return {"sample": self.sample, "timestep": self.t, "encoder_hidden_states": self.text}
-
-
-def add_noise(teacher: Teacher, x0: Tensor, text: Tensor, draw: torch.Generator) -> Noised:
-    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (B, C, h, w); randomness is drawn on the CPU (Eqs. 1, 17)."""
-    schedule, device = teacher.noise_schedule(), teacher.device
-    noise = torch.randn(x0.shape, generator=draw)
-    t = torch.randint(schedule.config.num_train_timesteps, (len(x0),), generator=draw)
-    targets = {"epsilon": lambda: noise, "v_prediction": lambda: schedule.get_velocity(x0, noise, t), "sample": lambda: x0}
-    target = targets[schedule.config.prediction_type]()
-    sample = schedule.add_noise(x0, noise, t)
-    return Noised(sample.to(device), t.to(device), text.to(device), target.to(device))
-
-
 class PruningStep:
     """What one training step computes: Eq. 15 for one batch, as a dictionary of terms."""
 
-    def __init__(self, cfg: Config, teacher: Teacher, router: PromptRouter, gates: GateHandle, macs: MacsModel) -> None:
-        self.cfg, self.teacher, self.router, self.gates, self.macs = cfg, teacher, router, gates, macs
+    def __init__(
+        self,
+        cfg: Config,
+        teacher: Teacher,
+        router: PromptRouter,
+        gates: GateHandle,
+        macs: MacsModel,
+    ) -> None:
+        self.cfg, self.teacher, self.router, self.gates, self.macs = (
+            cfg,
+            teacher,
+            router,
+            gates,
+            macs,
+        )
         self.blocks = BlockRecorder(teacher.unet)
 
-    def __call__(self, z: Tensor, batch: Noised, draw: torch.Generator, *, warmup: bool) -> dict[str, Tensor]:
-        """Prompt embeddings (B, dz) and their noised latents -> loss and its terms (scalars), usage perplexity of the experts."""
+    def __call__(
+        self, z: Tensor, batch: Noised, draw: torch.Generator, *, warmup: bool
+    ) -> dict[str, Tensor]:
+        """Prompt embeddings (B, dz) and their noised latents -> loss and its terms (scalars), "
+        "usage perplexity of the experts."""
         cfg, B = self.cfg, len(z)
         e = self.router(z)  # (B, D)
         e_prime = gumbel_sigmoid(e, cfg.gumbel_temp, generator=draw)  # (B, D)
         experts: Tensor | None = None
         a = e_prime  # during warm-up, each prompt has its own architecture
         if not warmup:
-            soft = gumbel_sigmoid(self.router.codes, cfg.gumbel_temp, generator=draw)  # (N, D): one draw an expert
+            soft = gumbel_sigmoid(
+                self.router.codes, cfg.gumbel_temp, generator=draw
+            )  # (N, D): one draw an expert
             experts, _ = self.router.assign(e, cfg.eps, cfg.sinkhorn_iterations)  # (B,)
             a = soft[experts]  # (B, D)
         mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
@@ -216,12 +221,20 @@ class PruningStep:
         self.gates.set_gates(None)
 
         denoising = losses.denoising_loss(student_output, batch.target)  # (B,)
-        distillation = losses.distillation_loss(student_output, teacher_output, student_blocks, teacher_blocks)  # (B,)
+        distillation = losses.distillation_loss(
+            student_output, teacher_output, student_blocks, teacher_blocks
+        )  # (B,)
         resource = losses.resource_loss(mean_macs, cfg.budget * self.macs.dense)
         contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp)
         weights = (cfg.lambda_distill, cfg.lambda_res, cfg.lambda_cont)
-        loss = losses.pruning_loss(denoising, distillation, resource, contrastive, experts, cfg.num_experts, *weights)
-        share = torch.full((B,), 1 / B) if experts is None else torch.bincount(experts, minlength=cfg.num_experts).cpu() / B
+        loss = losses.pruning_loss(
+            denoising, distillation, resource, contrastive, experts, cfg.num_experts, *weights
+        )
+        share = (
+            torch.full((B,), 1 / B)
+            if experts is None
+            else torch.bincount(experts, minlength=cfg.num_experts).cpu() / B
+        )
         return {
             "loss": loss,
             "denoising": denoising.mean(),
@@ -237,21 +250,34 @@ TERMS = ("loss", "denoising", "distillation", "resource", "contrastive", "macs_r
 
 
 def train(cfg: Config) -> dict[str, Any]:
-    """Run (or go on with) the pruning stage; gives the run's summary. Raises `UserError` for what the user can mend."""
+    """Run (or go on with) the pruning stage.
+
+    Gives the run's summary. Raises `UserError` for what the user can mend.
+    """
     cfg = resolve(cfg)
-    assert cfg.out and cfg.warmup_steps is not None and cfg.joint_steps and cfg.batch_size and cfg.lr and cfg.lr_warmup is not None
-    claim(cfg)
+    assert (
+        cfg.out
+        and cfg.warmup_steps is not None
+        and cfg.joint_steps
+        and cfg.batch_size
+        and cfg.lr
+        and cfg.lr_warmup is not None
+    )
+    settings = as_json(cfg)
+    claim(cfg.out, settings, free=("device", "out", "save_every"))
     if (cfg.out / "summary.json").exists():
         print(f"{cfg.out} is complete; --out names another folder")
         return read_json(cfg.out / "summary.json")
     device = pick_device(cfg.device)
     teacher = load_teacher(cfg.teacher, device)
     space = ArchSpace.from_unet(teacher.unet, cfg.depth)
-    macs = measure_macs(teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens)
+    macs = measure_macs(
+        teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens
+    )
     check_budget(cfg.budget, macs)
     data = load_target(cfg.target, "train", seed=cfg.seed, limit=cfg.limit)
     validation = load_target(cfg.target, "validation", seed=cfg.seed)
-    write_json(cfg.out / "config.json", settings(cfg))
+    write_json(cfg.out / "config.json", settings)
 
     clock = time.time()
     encoder = PromptEncoder(device=device)
@@ -268,7 +294,9 @@ def train(cfg: Config) -> dict[str, Any]:
     path, first = cfg.out / "checkpoint.safetensors", 0
     if path.exists():
         tensors, meta = load_tensors(path)
-        router.load_state_dict({k.removeprefix("router/"): v for k, v in tensors.items() if k.startswith("router/")})
+        router.load_state_dict(
+            {k.removeprefix("router/"): v for k, v in tensors.items() if k.startswith("router/")}
+        )
         load_optimizer(optimizer, tensors)
         first, seconds = meta["step"], meta["seconds"]
     steps = cfg.warmup_steps + cfg.joint_steps
@@ -287,7 +315,10 @@ def train(cfg: Config) -> dict[str, Any]:
         terms = step_of(z[rows].to(device), batch, draw, warmup=warmup)
         values = {name: terms[name].item() for name in TERMS}
         if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss became {values['loss']} at step {step}; the last good state is in {path}; try a lower --lr")
+            raise UserError(
+                f"the loss became {values['loss']} at step {step}; the last good state is in "
+                f"{path}; try a lower --lr"
+            )
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         for group in optimizer.param_groups:
@@ -297,11 +328,15 @@ def train(cfg: Config) -> dict[str, Any]:
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         seconds["warmup" if warmup else "joint"] += time.time() - clock
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-            state = {f"router/{k}": v for k, v in router.state_dict().items()} | optimizer_tensors(optimizer)
+            state = {f"router/{k}": v for k, v in router.state_dict().items()} | optimizer_tensors(
+                optimizer
+            )
             save_tensors(path, state, {"step": step + 1, "seconds": seconds})
     log.close()
     gates.detach()
-    summary = finish(cfg, teacher, router, macs, data, validation, z, encoder(validation.captions), seconds)
+    summary = finish(
+        cfg, teacher, router, macs, data, validation, z, encoder(validation.captions), seconds
+    )
     path.unlink()
     return summary
 
@@ -317,23 +352,41 @@ def finish(
     z_validation: Tensor,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Route every prompt as at test time, make the codes binary, and write the run's results; `summary.json` comes last."""
+    """Route every prompt as at test time, make the codes binary, and write the run's results.
+
+    `summary.json` comes last.
+    """
     assert cfg.out
     routed = {"train": router.route(z_train).cpu(), "validation": router.route(z_validation).cpu()}
-    usage = {split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts) for split, experts in routed.items()}
+    usage = {
+        split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
+        for split, experts in routed.items()
+    }
     codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
     ratios = macs(codes) / macs.dense  # (N,)
-    save_tensors(cfg.out / "router.safetensors", router.state_dict(), {**router.settings(), "prompt_encoder": "minilm"})
-    save_tensors(cfg.out / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth})
-    write_json(cfg.out / "assignments.json", {split: experts.tolist() for split, experts in routed.items()})
+    save_tensors(
+        cfg.out / "router.safetensors",
+        router.state_dict(),
+        {**router.settings(), "prompt_encoder": "minilm"},
+    )
+    save_tensors(
+        cfg.out / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth}
+    )
+    write_json(
+        cfg.out / "assignments.json", {split: experts.tolist() for split, experts in routed.items()}
+    )
     experts = []
     for i in range(cfg.num_experts):
-        captions = [data.captions[row] for row in (routed["train"] == i).nonzero().flatten().tolist()]
+        captions = [
+            data.captions[row] for row in (routed["train"] == i).nonzero().flatten().tolist()
+        ]
         experts.append(
             {
                 "id": i,
                 "macs_ratio": ratios[i].item(),
-                "params": sum(p.numel() for p in cut_expert(teacher.unet, codes[i], macs.space).parameters()),
+                "params": sum(
+                    p.numel() for p in cut_expert(teacher.unet, codes[i], macs.space).parameters()
+                ),
                 "usage_train": usage["train"][i].item(),
                 "words": frequent_words(captions, data.captions),
             }
@@ -356,44 +409,34 @@ def finish(
 
 
 def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
-    """The words that most of `captions` hold, without those that more than a twentieth of the whole target holds."""
+    """The words that most of `captions` hold, without those that more than a twentieth of the "
+    "whole target holds."""
 
     def tally(lines: Sequence[str]) -> Counter[str]:
-        return Counter(word for line in lines for word in set(re.findall(r"[a-z]{3,}", line.lower())))
+        return Counter(
+            word for line in lines for word in set(re.findall(r"[a-z]{3,}", line.lower()))
+        )
 
     common = {word for word, n in tally(everything).items() if n > max(1, len(everything) / 20)}
-    return [word for word, _ in tally(captions).most_common(count + len(common)) if word not in common][:count]
-
-
-def settings(cfg: Config) -> dict[str, Any]:
-    """A configuration as JSON values."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(cfg).items()}
-
-
-def claim(cfg: Config) -> None:
-    """Refuse to write into a run that was made with other settings. Raises `UserError`."""
-    assert cfg.out
-    path = cfg.out / "config.json"
-    if not path.exists():
-        if cfg.out.exists() and any(cfg.out.iterdir()):
-            raise UserError(f"--out {cfg.out} is not empty and holds no run; choose another folder")
-        return
-    old, new = read_json(path), settings(cfg)
-    free = {"device", "out", "save_every"}
-    changed = [f"{key}: {old.get(key)}, now {new[key]}" for key in new if key not in free and old.get(key) != new[key]]
-    if changed:
-        raise UserError(f"{cfg.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or delete that folder")
+    return [
+        word for word, _ in tally(captions).most_common(count + len(common)) if word not in common
+    ][:count]
 
 
 def print_table(summary: dict[str, Any]) -> None:
     """The experts of a run, one a line."""
-    print(f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent words")
+    print(
+        f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent "
+        f"words"
+    )
     for expert in summary["experts"]:
-        row = f"{expert['id']:>6}  {expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M  {expert['usage_train']:>7.1%}"
-        print(f"{row}  {', '.join(expert['words'])}")
+        cost = f"{expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M"
+        words = ", ".join(expert["words"])
+        print(f"{expert['id']:>6}  {cost}  {expert['usage_train']:>7.1%}  {words}")
     used = sum(share > 0 for share in summary["usage_validation"])
     print(
-        f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget {summary['budget']:g}); "
+        f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
+        f"{summary['budget']:g}); "
         f"{used} of {summary['num_experts']} experts get validation prompts"
     )
 

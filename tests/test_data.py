@@ -18,7 +18,9 @@ def drawings():
 def test_about_1900_concepts_in_two_styles(drawings):
     concepts = {d.code for d in drawings}
     assert 1850 <= len(concepts) <= 1950
-    assert Counter(d.style for d in drawings) == pytest.approx(dict.fromkeys(STYLES, len(concepts)), rel=0.01)
+    assert Counter(d.style for d in drawings) == pytest.approx(
+        dict.fromkeys(STYLES, len(concepts)), rel=0.01
+    )
 
 
 def test_no_skin_tones(drawings):
@@ -34,7 +36,9 @@ def test_validation_concepts_are_seen_in_the_other_style(drawings):
 
 
 def test_giraffe_captions(drawings):
-    flat, outlined = (next(d for d in drawings if d.code == "1F992" and d.style == s) for s in STYLES)
+    flat, outlined = (
+        next(d for d in drawings if d.code == "1F992" and d.style == s) for s in STYLES
+    )
     assert "a giraffe, flat emoji" in captions_of(flat)
     assert "a giraffe, outlined emoji" in captions_of(outlined)
     assert "an outlined drawing of a giraffe" in captions_of(outlined)
@@ -78,5 +82,5 @@ def test_limit_takes_rows_spread_over_the_target():
 
 
 def test_unknown_target():
-    with pytest.raises(UserError, match="imagenet.*emoji"):
+    with pytest.raises(UserError, match=r"imagenet.*emoji"):
         load_target("imagenet", "train")

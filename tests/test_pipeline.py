@@ -1,4 +1,7 @@
-"""The three stages on the embedded default, end to end: train, fine-tune, sample; killed and resumed; asked for nonsense."""
+"""The three stages on the embedded default, end to end.
+
+Train, fine-tune, sample; killed and resumed; asked for nonsense.
+"""
 
 import dataclasses
 import json
@@ -18,13 +21,20 @@ import finetune
 import sample
 import train
 from gates import ArchSpace
-from prune_unet import load_expert, measure_macs, module_macs, example_inputs
+from prune_unet import example_inputs, load_expert, measure_macs, module_macs
 from runfolder import UserError, command_line, load_tensors, read_json, save_tensors, write_json
 from teacher import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = train.Config(
-    budget=0.7, num_experts=3, warmup_steps=2, joint_steps=3, batch_size=6, limit=48, save_every=1, device="cpu"
+    budget=0.7,
+    num_experts=3,
+    warmup_steps=2,
+    joint_steps=3,
+    batch_size=6,
+    limit=48,
+    save_every=1,
+    device="cpu",
 )
 FILES = ("router.safetensors", "codes.safetensors", "assignments.json")
 
@@ -62,7 +72,7 @@ def test_mean_macs_over_training_prompts_meet_the_budget(run):
     ratios = macs(finetune.load_codes(run, space)) / macs.dense
     assignment = torch.tensor(read_json(run / "assignments.json")["train"])
     mean = ratios[assignment].mean().item()
-    assert 0.7 * 0.99 <= mean <= 0.7
+    assert 0.7 * 0.99 <= mean <= 0.7 + 1e-6
     assert summary["macs_ratio_mean"] == pytest.approx(mean, abs=1e-6)
     assert [e["macs_ratio"] for e in summary["experts"]] == pytest.approx(ratios.tolist())
 
@@ -84,7 +94,9 @@ def test_a_finetuned_expert_is_the_cut_network_trained(run):
     ratio = module_macs(expert, inputs)[""] / module_macs(teacher.unet, inputs)[""]
     assert ratio == pytest.approx(summary["experts"][1]["macs_ratio"])
     weight = teacher.unet.conv_in.weight
-    assert 0 < (expert.conv_in.weight - weight).abs().max() < 0.01  # five steps away from the teacher's
+    assert (
+        0 < (expert.conv_in.weight - weight).abs().max() < 0.01
+    )  # five steps away from the teacher's
 
 
 def test_finished_work_is_not_done_again(run, capsys):
@@ -110,9 +122,20 @@ def test_sampling_is_routed_grouped_and_repeatable(run, tmp_path):
 
 
 def test_the_command_line_draws_files(run, tmp_path, capsys):
-    cfg = sample.Config(prompts=("a giraffe",), run=run, out=tmp_path, num_images=2, steps=2, compare=True, device="cpu")
+    cfg = sample.Config(
+        prompts=("a giraffe",),
+        run=run,
+        out=tmp_path,
+        num_images=2,
+        steps=2,
+        compare=True,
+        device="cpu",
+    )
     drawn = sample.sample(cfg)
-    with Image.open(tmp_path / "a-giraffe-0.png") as first, Image.open(tmp_path / "a-giraffe-1.png") as second:
+    with (
+        Image.open(tmp_path / "a-giraffe-0.png") as first,
+        Image.open(tmp_path / "a-giraffe-1.png") as second,
+    ):
         assert first.size == second.size == (64, 64)
         assert np.array_equal(np.asarray(first), np.asarray(drawn.images[0]))
         assert not np.array_equal(np.asarray(first), np.asarray(second))
@@ -123,10 +146,15 @@ def test_the_command_line_draws_files(run, tmp_path, capsys):
 
 def test_a_killed_run_ends_as_the_undisturbed_one(run, tmp_path):
     """SIGKILL twice while it trains; the same command then finishes it, bit for bit."""
-    arguments = "--budget 0.7 --num-experts 3 --warmup-steps 2 --joint-steps 3 --batch-size 6 --limit 48 --save-every 1 --device cpu"
+    arguments = (
+        "--budget 0.7 --num-experts 3 --warmup-steps 2 --joint-steps 3 --batch-size 6 "
+        "--limit 48 --save-every 1 --device cpu"
+    )
     command = [sys.executable, "train.py", *arguments.split(), "--out", str(tmp_path / "killed")]
     for stop_at in (2, 4):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         log, deadline = tmp_path / "killed" / "metrics.csv", time.time() + 120
         while time.time() < deadline and process.poll() is None:
             if log.exists() and len(log.read_text().splitlines()) > stop_at:
@@ -142,7 +170,10 @@ def test_a_killed_run_ends_as_the_undisturbed_one(run, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """Call a script's main with arguments; it must print one line that holds the given words and exit with 2."""
+    """Call a script's main with arguments.
+
+    It must print one line that holds the given words and exit with 2.
+    """
 
     def call(module: ModuleType, arguments: list[str], *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
@@ -197,7 +228,11 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
     (folder / "router.safetensors").write_bytes((run / "router.safetensors").read_bytes()[:-9])
     refused(sample, arguments, "router.safetensors", "damaged")
     copy_run(run, folder)
-    save_tensors(folder / "codes.safetensors", {"codes": torch.ones(3, 1620, dtype=torch.uint8)}, {"depth": "paper"})
+    save_tensors(
+        folder / "codes.safetensors",
+        {"codes": torch.ones(3, 1620, dtype=torch.uint8)},
+        {"depth": "paper"},
+    )
     refused(sample, arguments, "1620", "another teacher")
     write_json(folder / "summary.json", read_json(run / "summary.json") | {"teacher": "dalle"})
     refused(sample, arguments, "dalle")
@@ -205,7 +240,7 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
 
 def test_other_settings_do_not_overwrite_a_run(run):
     before = (run / "summary.json").read_bytes()
-    with pytest.raises(UserError, match="budget: 0.7, now 0.6"):
+    with pytest.raises(UserError, match=r"budget: 0\.7, now 0\.6"):
         train.train(dataclasses.replace(SMALL, out=run, budget=0.6))
     with pytest.raises(UserError, match="steps: 5, now 6"):
         finetune.finetune(finetune.Config(run=run, expert=1, steps=6, batch_size=4, device="cpu"))
@@ -216,7 +251,8 @@ def test_other_settings_do_not_overwrite_a_run(run):
 
 
 def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    """Stopped after three of five steps, it ends with the very weights of the undisturbed expert."""
+    """Stopped after three of five steps, it ends with the very weights of the undisturbed "
+    "expert."""
     folder = tmp_path / "run"
     folder.mkdir()
     copy_run(run, folder)

@@ -24,7 +24,12 @@ from runfolder import (
 )
 
 
-@given(rows=st.integers(1, 40), batch=st.integers(1, 100), steps=st.integers(1, 8), seed=st.integers(0, 3))
+@given(
+    rows=st.integers(1, 40),
+    batch=st.integers(1, 100),
+    steps=st.integers(1, 8),
+    seed=st.integers(0, 3),
+)
 def test_batches_walk_through_whole_epochs(rows, batch, steps, seed):
     seen = torch.cat([batch_rows(rows, batch, seed, step) for step in range(steps)])
     assert len(seen) == steps * batch
@@ -36,7 +41,10 @@ def test_generators_differ_by_seed_purpose_and_step():
     keys = [(0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
     draws = {torch.rand(4, generator=step_generator(*key)).tolist()[0] for key in keys}
     assert len(draws) == len(keys)
-    assert torch.equal(torch.rand(4, generator=step_generator(*keys[0])), torch.rand(4, generator=step_generator(*keys[0])))
+    assert torch.equal(
+        torch.rand(4, generator=step_generator(*keys[0])),
+        torch.rand(4, generator=step_generator(*keys[0])),
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -57,7 +65,7 @@ def test_tensors_round_trip_and_damage_is_named(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-4], whole[:20], b"", b"\x80\x04pickle"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="a.safetensors"):
+        with pytest.raises(UserError, match=r"a\.safetensors"):
             load_tensors(path)
     with pytest.raises(UserError, match="missing"):
         load_tensors(tmp_path / "b.safetensors")
@@ -65,7 +73,7 @@ def test_tensors_round_trip_and_damage_is_named(tmp_path):
 
 def test_bad_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match="a.json"):
+    with pytest.raises(UserError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
 
 
@@ -97,7 +105,13 @@ def test_a_reopened_log_drops_what_will_be_written_again(tmp_path):
     log.write(3, {"loss": 9})
     log.close()
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["step", "loss"], ["0", "0"], ["1", "0.5"], ["2", "1"], ["3", "9"]]
+        assert list(csv.reader(file)) == [
+            ["step", "loss"],
+            ["0", "0"],
+            ["1", "0.5"],
+            ["2", "1"],
+            ["3", "9"],
+        ]
 
 
 def test_no_run_yet(tmp_path):

@@ -7,8 +7,7 @@ import losses
 from data import load_target
 from pretrain import reconstruction_psnr
 from runfolder import UserError, step_generator
-from teacher import ASSETS, load_teacher
-from train import add_noise
+from teacher import ASSETS, add_noise, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,10 @@ def test_latents_are_standardised_and_decode_to_the_picture(teacher):
 
 
 def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teacher):
-    """v-prediction: the error is below the target's own size, and rises when captions are exchanged."""
+    """v-prediction.
+
+    The error is below the target's own size, and rises when captions are exchanged.
+    """
     data = load_target("emoji", "train", limit=96)
     x0, text = teacher.encode_images(data.images(range(96))), teacher.encode_text(data.captions)
     batch = add_noise(teacher, x0, text, step_generator(0, "test"))
@@ -56,12 +58,15 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
 
 
 def test_noised_samples_follow_the_schedule(teacher):
-    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps and v = sqrt(abar) eps - sqrt(1 - abar) x_0, so x_0 = sqrt(abar) x_t - sqrt(1 - abar) v."""
+    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps and v = sqrt(abar) eps - sqrt(1 - abar) x_0, so "
+    "x_0 = sqrt(abar) x_t - sqrt(1 - abar) v."""
     x0 = torch.randn(16, 8, 8, 8)
     batch = add_noise(teacher, x0, torch.zeros(16, 1, 384), step_generator(0, "test"))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
-    assert torch.allclose(abar.sqrt() * batch.sample - (1 - abar).sqrt() * batch.target, x0, atol=1e-4)
+    assert torch.allclose(
+        abar.sqrt() * batch.sample - (1 - abar).sqrt() * batch.target, x0, atol=1e-4
+    )
 
 
 def test_unknown_teacher():

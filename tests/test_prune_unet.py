@@ -1,0 +1,386 @@
+"""Gates on a running U-Net and experts cut out of it, on tiny U-Nets of four layouts."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import prune_unet
+from gates import ArchSpace, binarize, gumbel_sigmoid
+from prune_unet import (
+    BlockRecorder,
+    attach_gates,
+    cut_expert,
+    load_expert,
+    measure_macs,
+    save_expert,
+)
+from runfolder import UserError, save_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("resnet", "attention", "feedforward", "depth")
+SEEDS = st.integers(0, 2**31)
+DEPTHS = st.sampled_from(("paper", "all", "none"))
+
+
+def random_codes(space: ArchSpace, rows: int, open_share: float, kinds, seed: int) -> Tensor:
+    """Binary codes (rows, D): units of `kinds` open with chance `open_share`, all others open."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = open_share - torch.rand(rows, space.size, generator=draw)
+    for layer in space.layers:
+        if layer.kind not in kinds:
+            logits[:, layer.span] = 1.0
+    return binarize(logits, space)
+
+
+@torch.no_grad()
+def largest_difference(unet, space, codes, inputs, repeats=1) -> float:
+    """Between the hard-gated U-Net on a mixed batch and each sample's own expert, alone."""
+    gates = attach_gates(unet, space)
+    gates.set_gates(codes)
+    gated = unet(**inputs).sample
+    gates.detach()
+    worst = 0.0
+    for row in range(len(gated)):
+        expert = cut_expert(unet, codes[row % len(codes)], space)
+        alone = {
+            key: {k: v[row : row + 1] for k, v in value.items()}
+            if isinstance(value, dict)
+            else value[row : row + 1]
+            for key, value in inputs.items()
+        }
+        worst = max(worst, (expert(**alone).sample[0] - gated[row]).abs().max().item())
+    return worst
+
+
+# ---- the expert is what was trained ----
+
+
+@given(
+    seed=SEEDS,
+    depth=DEPTHS,
+    open_share=st.floats(0, 1),
+    kinds=st.sets(st.sampled_from(KINDS), min_size=1),
+    rows=st.integers(1, 2),
+    repeats=st.integers(1, 2),
+)
+def test_cut_equals_gated(unet, make_inputs, seed, depth, open_share, kinds, rows, repeats):
+    space = ArchSpace.from_unet(unet, depth)
+    codes = random_codes(space, rows, open_share, kinds, seed)
+    inputs = make_inputs(unet, rows * repeats, seed)
+    assert largest_difference(unet, space, codes, inputs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_equals_gated_with_one_kind_pruned_to_the_least(unet, make_inputs, kind):
+    space = ArchSpace.from_unet(unet, "all")
+    codes = random_codes(space, 1, 0.0, {kind}, 0)
+    assert largest_difference(unet, space, codes, make_inputs(unet, 1)) < 1e-5
+
+
+def test_cut_equals_gated_with_everything_pruned_to_the_least(unet, make_inputs):
+    space = ArchSpace.from_unet(unet, "all")
+    codes = random_codes(space, 1, 0.0, set(KINDS), 0)
+    assert largest_difference(unet, space, codes, make_inputs(unet, 2)) < 1e-5
+
+
+@given(seed=SEEDS, depth=DEPTHS, open_share=st.floats(0, 1))
+def test_macs_of_a_code_are_those_counted_on_its_expert(unet, make_inputs, seed, depth, open_share):
+    space = ArchSpace.from_unet(unet, depth)
+    code = random_codes(space, 1, open_share, set(KINDS), seed)[0]
+    expert = cut_expert(unet, code, space)
+    expert.set_attn_processor(AttnProcessor())  # plain matrix products, which the counter knows
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        expert(**make_inputs(unet, 1))
+    macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
+    assert macs(code).item() * 2 == counter.get_total_flops()
+
+
+def test_cutting_leaves_the_dense_unet_alone(unet):
+    space = ArchSpace.from_unet(unet)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    expert = cut_expert(unet, random_codes(space, 1, 0.5, set(KINDS), 0)[0], space)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.fill_(7.0)
+    after = unet.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in unet.parameters())
+    assert sum(p.numel() for p in expert.parameters()) < sum(p.numel() for p in unet.parameters())
+
+
+def test_an_expert_cut_with_gates_attached_has_none(unet, make_inputs):
+    space = ArchSpace.from_unet(unet)
+    code = random_codes(space, 1, 0.5, set(KINDS), 0)[0]
+    gates = attach_gates(unet, space)
+    gates.set_gates(torch.zeros(3, space.size))
+    expert = cut_expert(unet, code, space)
+    gates.detach()
+    clean = cut_expert(unet, code, space)
+    inputs = make_inputs(unet, 2)
+    with torch.no_grad():
+        assert torch.equal(expert(**inputs).sample, clean(**inputs).sample)
+
+
+def test_codes_that_cannot_be_cut_are_refused(unet):
+    space = ArchSpace.from_unet(unet)
+    code = torch.ones(space.size)
+    with pytest.raises(ValueError, match="binary"):
+        cut_expert(unet, code * 0.5, space)
+    with pytest.raises(ValueError, match="binary"):
+        cut_expert(unet, code[1:], space)
+    for layer in (space.width_layers[0], space.width_layers[-1]):
+        empty = code.clone()
+        empty[layer.span] = 0
+        with pytest.raises(ValueError, match=layer.name):
+            cut_expert(unet, empty, space)
+
+
+# ---- gates ----
+
+
+@torch.no_grad()
+def test_the_dense_code_is_the_untouched_unet_bit_for_bit(unet, make_inputs):
+    inputs = make_inputs(unet, 2)
+    untouched = unet(**inputs).sample
+    gates = attach_gates(unet, ArchSpace.from_unet(unet, "all"))
+    assert torch.equal(unet(**inputs).sample, untouched)
+    gates.set_gates(torch.ones(2, gates.space.size))
+    assert torch.equal(unet(**inputs).sample, untouched)
+    assert torch.equal(unet(**inputs, return_dict=False)[0], untouched)
+    gates.detach()
+
+
+@torch.no_grad()
+def test_detach_leaves_no_trace(unet, make_inputs):
+    def state():
+        return [(name, sorted(vars(module))) for name, module in unet.named_modules()]
+
+    def hooks():
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        return sum(len(getattr(module, kind)) for module in unet.modules() for kind in kinds)
+
+    inputs, keys, before = make_inputs(unet, 2), list(unet.state_dict()), state()
+    untouched = unet(**inputs).sample
+    gates, recorder = attach_gates(unet), BlockRecorder(unet)
+    gates.set_gates(torch.rand(2, gates.space.size))
+    assert not torch.equal(unet(**inputs).sample, untouched)
+    assert hooks() == len(gates.space.layers) + len(recorder.hooks) > 0
+    gates.detach()
+    recorder.detach()
+    assert hooks() == 0
+    assert list(unet.state_dict()) == keys
+    assert state() == before
+    assert torch.equal(unet(**inputs).sample, untouched)
+    assert not gates.masks and not recorder.outputs
+
+
+def gate_gradients(unet, inputs, space) -> Tensor:
+    """|d denoising loss / d logit| of every unit, (D,), at soft gates about half open."""
+    draw = torch.Generator().manual_seed(0)
+    rows = len(inputs["sample"])
+    logits = torch.randn(rows, space.size, generator=draw).requires_grad_()
+    gates = attach_gates(unet, space)
+    gates.set_gates(gumbel_sigmoid(logits, generator=draw))
+    output = unet(**inputs).sample
+    (output - torch.randn(output.shape, generator=draw)).square().mean().backward()
+    gates.detach()
+    assert logits.grad is not None
+    return logits.grad.abs().mean(0)
+
+
+def test_the_denoising_loss_reaches_every_unit(unet, make_inputs):
+    space = ArchSpace.from_unet(unet, "all")
+    gradients = gate_gradients(unet, make_inputs(unet, 4), space)
+    assert (gradients > 0).all()
+    size = {
+        kind: torch.cat([gradients[layer.span] for layer in space.layers if layer.kind == kind])
+        for kind in KINDS
+    }
+    # a mask before norm2 leaves ResBlocks a gradient a hundredth of the feed-forwards'
+    assert size["resnet"].median() > size["feedforward"].median() / 5
+    assert size["attention"].median() > size["feedforward"].median() / 5
+    assert size["depth"].median() > size["feedforward"].median() / 5
+
+
+def test_gradients_with_checkpointing_are_the_same(unet, make_inputs):
+    inputs, space = make_inputs(unet, 2), ArchSpace.from_unet(unet)
+    plain = gate_gradients(unet, inputs, space)
+    checkpointed = copy.deepcopy(unet).train()
+    checkpointed.enable_gradient_checkpointing()
+    assert torch.allclose(gate_gradients(checkpointed, inputs, space), plain, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_sample_is_gated_by_its_own_code(unet, make_inputs):
+    inputs, space = make_inputs(unet, 2), ArchSpace.from_unet(unet)
+    codes = random_codes(space, 2, 0.5, set(KINDS), 0)
+    gates = attach_gates(unet, space)
+    gates.set_gates(codes)
+    both = unet(**inputs).sample
+    gates.set_gates(codes[[0, 0]])
+    first = unet(**inputs).sample
+    gates.detach()
+    assert torch.allclose(both[0], first[0], atol=1e-6)
+    assert not torch.allclose(both[1], first[1], atol=1e-3)
+
+
+def test_gates_of_a_wrong_shape_are_refused(unet, make_inputs):
+    gates = attach_gates(unet)
+    with pytest.raises(ValueError, match="gates must be"):
+        gates.set_gates(torch.ones(gates.space.size))
+    with pytest.raises(ValueError, match="gates must be"):
+        gates.set_gates(torch.ones(2, gates.space.size + 1))
+    gates.set_gates(torch.ones(2, gates.space.size))
+    with pytest.raises(ValueError, match="3 samples"):
+        unet(**make_inputs(unet, 3))
+    gates.detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_single_precision_gates_fit_a_half_precision_unet(unet, make_inputs, dtype):
+    half = copy.deepcopy(unet).to(dtype)
+    gates = attach_gates(half)
+    gates.set_gates(torch.full((1, gates.space.size), 0.5))
+    inputs = make_inputs(unet, 1)
+    conditions = {k: v.to(dtype) for k, v in inputs.get("added_cond_kwargs", {}).items()}
+    output = half(
+        inputs["sample"].to(dtype),
+        inputs["timestep"],
+        inputs["encoder_hidden_states"].to(dtype),
+        added_cond_kwargs=conditions,
+    ).sample
+    assert output.dtype == dtype and output.isfinite().all()
+
+
+@torch.no_grad()
+def test_block_recorder_keeps_what_the_blocks_put_out(unet, make_inputs):
+    blocks: list[nn.Module] = [*unet.down_blocks]
+    blocks += [] if unet.mid_block is None else [unet.mid_block]
+    blocks += [*unet.up_blocks]
+    seen = []
+    hooks = [b.register_forward_hook(lambda module, args, out: seen.append(out)) for b in blocks]
+    recorder = BlockRecorder(unet)
+    unet(**make_inputs(unet, 2))
+    outputs = recorder.take()
+    for hook in hooks:
+        hook.remove()
+    recorder.detach()
+    assert len(outputs) == len(blocks)
+    for block, output, value in zip(blocks, outputs, seen, strict=True):
+        if block in list(unet.down_blocks):
+            value = value[0]  # (features, skip connections)
+        assert torch.equal(output, value)
+    assert recorder.take() == []
+
+
+# ---- experts as files ----
+
+
+@pytest.fixture
+def saved(unet, tmp_path):
+    space = ArchSpace.from_unet(unet)
+    code = random_codes(space, 1, 0.5, set(KINDS), 1)[0]
+    expert = cut_expert(unet, code, space)
+    path = tmp_path / "expert.safetensors"
+    save_expert(path, expert, code, space, {"expert": 3})
+    return path, expert, code
+
+
+@torch.no_grad()
+def test_an_expert_comes_back_from_its_file(saved, make_inputs):
+    path, expert, code = saved
+    loaded, meta = load_expert(path)
+    assert meta["expert"] == 3 and meta["depth"] == "paper"
+    assert torch.equal(torch.tensor(meta["code"]).float(), code)
+    assert not loaded.training
+    inputs = make_inputs(expert, 2)
+    assert torch.equal(loaded(**inputs).sample, expert(**inputs).sample)
+
+
+def test_damaged_experts_are_refused_by_name(saved, tmp_path):
+    path, _, _ = saved
+    whole = path.read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        bad.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"bad\.safetensors"):
+            load_expert(bad)
+    for place in (len(whole) // 2, len(whole) - 2):  # a weight altered
+        altered = bytearray(whole)
+        altered[place] ^= 1
+        bad.write_bytes(bytes(altered))
+        with pytest.raises(UserError, match=r"bad\.safetensors"):
+            load_expert(bad)
+    with pytest.raises(UserError, match=r"gone\.safetensors"):
+        load_expert(tmp_path / "gone.safetensors")
+
+
+def test_files_that_are_no_experts_are_refused_by_name(saved, tmp_path):
+    path, _, code = saved
+    tensors, header = prune_unet.load_tensors(path)
+    bad = tmp_path / "bad.safetensors"
+    save_file(load_file(path), bad)  # the weights alone
+    with pytest.raises(UserError, match=r"bad\.safetensors"):
+        load_expert(bad)
+    for change in ({"code": (1 - code).int().tolist()}, {"depth": "all"}, {"code": "x"}):
+        save_tensors(bad, tensors, {**header, **change})
+        with pytest.raises(UserError, match=r"bad\.safetensors"):
+            load_expert(bad)
+    tensors.pop(next(iter(tensors)))
+    save_tensors(bad, tensors, header)
+    with pytest.raises(UserError, match=r"bad\.safetensors"):
+        load_expert(bad)
+
+
+# ---- the command ----
+
+
+def test_command_prints_one_json_object(monkeypatch, capsys):
+    line = "prune_unet.py --unet sd21 --resolution 768 --json"
+    monkeypatch.setattr(sys, "argv", line.split())
+    prune_unet.main()
+    found = json.loads(capsys.readouterr().out)
+    counts = [found[key] for key in ("units", "groups", "heads", "ff", "depth")]
+    assert counts == [1620, 704, 390, 512, 14]
+    assert found["unet"] == "sd21" and found["resolution"] == 768
+    assert found["params"] == 865_910_724
+    assert round(found["macs"] / 1e9, 2) == 1074.55
+    assert abs(found["macs_paper"] / 1384.2e9 - 1) < 0.002
+    assert all(type(found[key]) is int for key in ("macs", "macs_paper", "params"))
+    assert 0 < found["floor"] < 1
+
+
+def test_command_prints_a_table_whose_rows_add_up(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "prune_unet.py --unet pocket --depth none".split())
+    prune_unet.main()
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("level"))
+    total = next(i for i, line in enumerate(lines) if line.startswith("total"))
+    rows = [line.replace(",", "").split() for line in lines[header + 1 : total + 1]]
+    for column in range(1, 7):  # counts and parameters
+        assert sum(int(row[column]) for row in rows[:-1]) == int(rows[-1][column])
+    assert int(rows[-1][5]) == 0  # no depth units
+    assert abs(sum(float(row[7]) for row in rows[:-1]) - float(rows[-1][7])) < 0.1
+    assert "lowest budget" in lines[total + 1]
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_in_one_line_and_code_2():
+    command = [sys.executable, "prune_unet.py", "--unet", "sd99"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --unet sd99") and result.stderr.count("\n") == 1
+    assert "sd21" in result.stderr
