@@ -31,10 +31,10 @@ from runfolder import UserError, replacing
 EMOJI_SIZE = 64
 STYLES = ("flat", "outlined")  # Twemoji, OpenMoji
 HELD_OUT = 0.16  # of the concepts, in one of their two styles: 8 % of the rows
-PHRASINGS = (
+PHRASINGS = (  # the teacher knows all of them; a target's rows use the first two
     "{thing}, {style} emoji",
-    "{thing} in {style} style",
     "{a_style} emoji of {thing}",
+    "{thing} in {style} style",
     "{a_style} drawing of {thing}",
     "{thing}",
 )
@@ -159,24 +159,16 @@ def with_article(name: str, group: str) -> str:
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
-def captions_of(emoji: Emoji) -> list[str]:
-    """Every phrasing of one drawing.
-
-    Each template with its name, and the first two again with its alias.
-    """
-    a_style = f"{'an' if emoji.style[0] in 'aeio' else 'a'} {emoji.style}"
-    lines = [
-        p.format(thing=with_article(emoji.name, emoji.group), style=emoji.style, a_style=a_style)
-        for p in PHRASINGS
-    ]
+def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]:
+    """Captions of one drawing: its name in every phrasing, its alias in the first two."""
+    style, a_style = emoji.style, with_article(emoji.style, "")
+    uses = [(emoji.name, phrasing) for phrasing in phrasings]
     if emoji.alias != emoji.name:
-        lines += [
-            p.format(
-                thing=with_article(emoji.alias, emoji.group), style=emoji.style, a_style=a_style
-            )
-            for p in PHRASINGS[:2]
-        ]
-    return lines
+        uses += [(emoji.alias, phrasing) for phrasing in phrasings[:2]]
+    return [
+        phrasing.format(thing=with_article(name, emoji.group), style=style, a_style=a_style)
+        for name, phrasing in uses
+    ]
 
 
 def render(svg: Path, size: int) -> np.ndarray:
@@ -220,7 +212,11 @@ def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
 
 
 def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
-    """The embedded target. The seed chooses each row's phrasing."""
+    """The embedded target. The seed chooses each row's caption.
+
+    All captions say the style and "emoji": with phrasings further apart, the sentence encoder sorts
+    prompts by their wording rather than by what they show.
+    """
     everything = list_emoji()
     pixels = emoji_pixels(everything)
     rows = [
@@ -228,7 +224,7 @@ def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
     ]
     captions = []
     for row in rows:
-        lines = captions_of(everything[row])
+        lines = captions_of(everything[row], PHRASINGS[:2])
         pick = hashlib.sha256(
             f"{seed}/{everything[row].code}/{everything[row].style}".encode()
         ).digest()[0]

@@ -62,7 +62,7 @@ class Config:
     expert: int | None = None
     """One expert's number; all of them if not given."""
     steps: int | None = None
-    """Steps an expert; by target (emoji: 60, paper: 30000)."""
+    """Steps an expert; by target (emoji: 100, paper: 30000)."""
     batch_size: int | None = None
     """Images a step; by target (emoji: 32, paper: 128)."""
     lr: float | None = None
@@ -77,11 +77,11 @@ class Config:
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    save_every: int = 500
+    save_every: int = 50
     """Steps between checkpoints."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {"emoji": {"steps": 60, "batch_size": 32, "lr": 2e-4}}
+PRESETS: dict[str, dict[str, Any]] = {"emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4}}
 TERMS = ("loss", "denoising", "distillation")
 IDENTITY = (
     "steps",
@@ -195,8 +195,7 @@ def finetune_expert(
 
 
 def first_and_last(run: Path, i: int) -> tuple[float, float]:
-    """Mean distillation loss over the first and the last tenth of expert `i`'s steps, from its "
-    "log."""
+    """Mean distillation loss over the first and the last tenth of the steps, from the log."""
     with (run / "experts" / f"{i}.csv").open(newline="", encoding="utf-8") as file:
         values = [float(row["distillation"]) for row in csv.DictReader(file)]
     tenth = max(1, len(values) // 10)

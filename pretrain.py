@@ -95,9 +95,9 @@ class Config:
     """Weight of the L1 distance between image gradients."""
     square_weight: float = 2.0
     """Weight of the squared distance, which is what brings colours back early."""
-    unet_steps: int = 3000
+    unet_steps: int = 4500
     """Training steps of the U-Net."""
-    unet_batch_size: int = 128
+    unet_batch_size: int = 64
     """Latents a step of the U-Net."""
     unet_lr: float = 1e-3
     """Learning rate of the U-Net."""
@@ -135,7 +135,7 @@ class Training:
         self.model, self.path = model, path
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.step = 0
+        self.step = self.images = 0
         if path.exists():
             tensors, meta = load_tensors(path)
             self.model.load_state_dict(
@@ -145,16 +145,16 @@ class Training:
                 {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
             )
             load_optimizer(self.optimizer, tensors)
-            self.step = meta["step"]
+            self.step, self.images = meta["step"], meta["images"]
 
     def save(self) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()} | optimizer_tensors(
             self.optimizer
         )
-        save_tensors(self.path, tensors, {"step": self.step})
+        save_tensors(self.path, tensors, {"step": self.step, "images": self.images})
 
-    def update(self, loss: Tensor, rate: float) -> None:
+    def update(self, loss: Tensor, rate: float, images: int) -> None:
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss became {loss.item()} at step {self.step}; the last good state is in "
@@ -168,6 +168,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update_parameters(self.model)
         self.step += 1
+        self.images += images
 
 
 # ---- the autoencoder ----
@@ -181,8 +182,7 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 def vae_loss(
     vae: AutoencoderKL, images: Tensor, generator: torch.Generator, cfg: Config
 ) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences, squares on pixels, and the latent's KL to a unit "
-    "Gaussian, each a mean."""
+    """L1 on pixels and on their differences, squares on pixels, KL to a unit Gaussian: means."""
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.sample(generator)).sample
     pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
@@ -217,7 +217,7 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
         rows = batch_rows(len(data), cfg.vae_batch_size, cfg.seed, step)
         images = data.images(rows).to(memory_format=torch.channels_last)
         losses = vae_loss(training.model, images, step_generator(cfg.seed, "vae", step), cfg)
-        training.update(losses["loss"], learning_rate(step, cfg.vae_steps, cfg.vae_lr))
+        training.update(losses["loss"], learning_rate(step, cfg.vae_steps, cfg.vae_lr), len(rows))
         log.write(step, {name: losses[name].item() for name in columns})
         bar.set_postfix({name: f"{losses[name].item():.4f}" for name in columns}, refresh=False)
         if training.step % cfg.save_every == 0 or training.step == cfg.vae_steps:
@@ -230,8 +230,7 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, data: CaptionedImages, images: int = 1024) -> None:
-    """Fold each latent channel's mean and deviation over `data` into `quant_conv` and "
-    "`post_quant_conv`, in place."""
+    """Fold the latents' mean and deviation over `data` into the 1x1 convolutions, in place."""
     rows = torch.linspace(0, len(data) - 1, images).long()
     means = torch.cat(
         [vae.encode(data.images(part)).latent_dist.mean for part in rows.split(64)]
@@ -249,8 +248,7 @@ def standardise_latents(vae: AutoencoderKL, data: CaptionedImages, images: int =
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, data: CaptionedImages) -> float:
-    """Peak signal-to-noise ratio of reconstructions, in dB, from the mean squared error over all "
-    "images of `data`."""
+    """Peak signal-to-noise ratio of reconstructions, in dB, over all pixels of `data`."""
     total = 0.0
     for rows in torch.arange(len(data)).split(64):
         images = data.images(rows)
@@ -324,7 +322,7 @@ def train_unet(cfg: Config, vae: AutoencoderKL, data: CaptionedImages) -> UNet2D
                 schedule.add_noise(x0, noise, t), t, states[captions].float()
             ).sample
             loss = F.mse_loss(prediction, schedule.get_velocity(x0, noise, t))
-            training.update(loss, learning_rate(step, cfg.unet_steps, cfg.unet_lr))
+            training.update(loss, learning_rate(step, cfg.unet_steps, cfg.unet_lr), len(rows))
             log.write(step, {"loss": loss.item()})
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             if training.step % cfg.save_every == 0 or training.step == cfg.unet_steps:
@@ -334,8 +332,7 @@ def train_unet(cfg: Config, vae: AutoencoderKL, data: CaptionedImages) -> UNet2D
 
 
 def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: float) -> None:
-    """Write the teacher's parts in half precision, in diffusers' layout, with its settings and "
-    "training figures."""
+    """Write the teacher's parts in half precision, its settings and the training's figures."""
     for name, part in {"vae": vae, "unet": unet}.items():
         part.half().save_pretrained(cfg.assets / name)
         part.float()
@@ -347,8 +344,8 @@ def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: fl
     _, unet_meta = load_tensors(cfg.out / "unet.safetensors")
     figures = {
         "psnr_val": round(psnr, 3),
-        "vae_images_seen": vae_meta["step"] * cfg.vae_batch_size,
-        "images_seen": unet_meta["step"] * cfg.unet_batch_size,
+        "vae_images_seen": vae_meta["images"],
+        "images_seen": unet_meta["images"],
         "guidance": cfg.guidance_scale,
         "params_unet": sum(p.numel() for p in unet.parameters()),
         "params_vae": sum(p.numel() for p in vae.parameters()),
@@ -358,15 +355,15 @@ def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: fl
 
 
 def plot_curves(cfg: Config) -> None:
-    """Both stages' losses over the images seen, as <assets>/curves.png."""
+    """Both stages' losses, smoothed, as <assets>/curves.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    stages = (("vae", "pixel", cfg.vae_batch_size), ("unet", "loss", cfg.unet_batch_size))
-    for axis, (name, column, batch_size) in zip(axes, stages, strict=True):
+    stages = (("vae", "pixel"), ("unet", "loss"))
+    for axis, (name, column) in zip(axes, stages, strict=True):
         with (cfg.out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
             rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file)]
         width = max(1, len(rows) // 100)
@@ -374,8 +371,8 @@ def plot_curves(cfg: Config) -> None:
             sum(value for _, value in rows[i : i + width]) / len(rows[i : i + width])
             for i in range(0, len(rows), width)
         ]
-        axis.plot([step * batch_size / 1000 for step, _ in rows[::width]], means)
-        axis.set(title=f"{name}: {column}", xlabel="thousand images", yscale="log")
+        axis.plot([step for step, _ in rows[::width]], means)
+        axis.set(title=f"{name}: {column}", xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(cfg.assets / "curves.png", dpi=80)
     plt.close(figure)

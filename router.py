@@ -117,8 +117,7 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def similarity(self, e: Tensor, codes: Tensor | None = None) -> Tensor:
-        """Cosine similarity of each code with each embedding, (B, D) -> (N, B), centred unless "
-        "`center` is off."""
+        """Cosine similarity of each code with each embedding, (B, D) -> (N, B); see `center`."""
         A = self.codes if codes is None else codes  # (N, D)
         if self.center:
             e = e - self.predictor(self.mean_z)
@@ -126,24 +125,29 @@ class PromptRouter(nn.Module):
         return F.normalize(A, dim=-1) @ F.normalize(e, dim=-1).T
 
     def transport(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
-        """I = argmax over codes of B Q*.
-
-        The experts of a training batch, (B, D) -> (B,) [Eq. 20]
-        """
+        """I = argmax over codes of B Q*: experts of a training batch, (B, D) -> (B,) [Eq. 20]"""
         return sinkhorn(self.similarity(e), eps, iterations).argmax(0)
 
-    def assign(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> tuple[Tensor, Tensor]:
-        """a = f_R(e, A; Q*): experts (B,) and codes (B, D) of a training batch [Eq. 8] [Eq. 21]
+    def assign(
+        self, e: Tensor, A: Tensor | None = None, *, eps: float = 0.05, iterations: int = 3
+    ) -> tuple[Tensor, Tensor]:
+        """a = f_R(e, A; Q*) = A[:, I]: the codes of a training batch [Eq. 8] [Eq. 21]
 
-        The codes carry gradients, the choice does not.
+        Args:
+            e: architecture embeddings, (B, D).
+            A: what to pick from, a row an expert, (N, D): the codes if absent, or their gates.
+            eps, iterations: of the transport.
+
+        Returns:
+            I, (B,), chosen without gradient, and A's rows for it, (B, D), with gradient.
         """
         experts = self.transport(e, eps, iterations)
-        return experts, self.codes[experts]
+        return experts, (self.codes if A is None else A)[experts]
 
     def nearest(self, e: Tensor) -> Tensor:
-        """The expert whose code has the highest cosine similarity, (B, D) -> (B,).
+        """The expert whose code has the highest cosine similarity, (B, D) -> (B,) [Eq. 22]
 
-        No prompt influences another's [Eq. 22]
+        No prompt influences another's.
         """
         return self.similarity(e).argmax(0)
 
@@ -151,9 +155,11 @@ class PromptRouter(nn.Module):
     def route(
         self, prompts: Sequence[str] | Tensor, encoder: PromptEncoder | None = None
     ) -> Tensor:
-        """a = f_PR(p.
+        """a = f_PR(p; eta, A): test-time experts of prompts, (B,), as numbers of codes [Eq. 2]
 
-        Eta, A): test-time experts of prompts (or of their embeddings z), (B,) [Eq. 2]
+        Args:
+            prompts: B prompts, or their embeddings z, (B, dz).
+            encoder: what turns text into z; needed for text only.
         """
         if not isinstance(prompts, Tensor):
             if encoder is None:

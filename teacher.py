@@ -154,8 +154,7 @@ class Encoded:
 
 
 def encode_target(teacher: Teacher, data: CaptionedImages, batch: int = 64) -> Encoded:
-    """Run autoencoder and text encoder over all rows once, in a fixed order, so that a resumed "
-    "run sees the same numbers."""
+    """Run autoencoder and text encoder over all rows once, in an order that never changes."""
     latents, text = [], []
     for rows in tqdm(
         torch.arange(len(data)).split(batch), desc="encoding images and captions", unit="batch"

@@ -144,8 +144,8 @@ def resolve(cfg: Config) -> Config:
         raise UserError(f"--teacher {cfg.teacher} is unknown; choose one of: {', '.join(TEACHERS)}")
     if not 0 < cfg.budget <= 1:
         raise UserError(
-            f"--budget {cfg.budget} is not a share of the dense model's MACs; choose a number in "
-            f"(0, 1]"
+            f"--budget {cfg.budget} is not a share of the dense model's MACs; "
+            "choose a number in (0, 1]"
         )
     if cfg.depth not in DEPTH_MODES:
         raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
@@ -167,8 +167,7 @@ def resolve(cfg: Config) -> Config:
     if cfg.num_experts > cfg.batch_size:
         raise UserError(
             f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
-            f"transport gives every expert "
-            "a share of each batch; lower the one or raise the other"
+            "transport gives every expert a share of each batch; lower the one or raise the other"
         )
     return replace(cfg, out=cfg.out or RUNS / f"{cfg.target}-{cfg.budget:g}")
 
@@ -184,31 +183,22 @@ class PruningStep:
         gates: GateHandle,
         macs: MacsModel,
     ) -> None:
-        self.cfg, self.teacher, self.router, self.gates, self.macs = (
-            cfg,
-            teacher,
-            router,
-            gates,
-            macs,
-        )
+        self.cfg, self.teacher, self.router = cfg, teacher, router
+        self.gates, self.macs = gates, macs
         self.blocks = BlockRecorder(teacher.unet)
 
     def __call__(
         self, z: Tensor, batch: Noised, draw: torch.Generator, *, warmup: bool
     ) -> dict[str, Tensor]:
-        """Prompt embeddings (B, dz) and their noised latents -> loss and its terms (scalars), "
-        "usage perplexity of the experts."""
+        """Prompt embeddings (B, dz) and their noised latents -> the loss and its terms, scalars."""
         cfg, B = self.cfg, len(z)
         e = self.router(z)  # (B, D)
         e_prime = gumbel_sigmoid(e, cfg.gumbel_temp, generator=draw)  # (B, D)
         experts: Tensor | None = None
         a = e_prime  # during warm-up, each prompt has its own architecture
         if not warmup:
-            soft = gumbel_sigmoid(
-                self.router.codes, cfg.gumbel_temp, generator=draw
-            )  # (N, D): one draw an expert
-            experts, _ = self.router.assign(e, cfg.eps, cfg.sinkhorn_iterations)  # (B,)
-            a = soft[experts]  # (B, D)
+            A = gumbel_sigmoid(self.router.codes, cfg.gumbel_temp, generator=draw)  # (N, D)
+            experts, a = self.router.assign(e, A, eps=cfg.eps, iterations=cfg.sinkhorn_iterations)
         mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
 
         self.gates.set_gates(None)
@@ -230,11 +220,9 @@ class PruningStep:
         loss = losses.pruning_loss(
             denoising, distillation, resource, contrastive, experts, cfg.num_experts, *weights
         )
-        share = (
-            torch.full((B,), 1 / B)
-            if experts is None
-            else torch.bincount(experts, minlength=cfg.num_experts).cpu() / B
-        )
+        share = torch.full((B,), 1 / B)  # of the prompts, by architecture
+        if experts is not None:
+            share = torch.bincount(experts.cpu(), minlength=cfg.num_experts) / B
         return {
             "loss": loss,
             "denoising": denoising.mean(),
@@ -328,9 +316,8 @@ def train(cfg: Config) -> dict[str, Any]:
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         seconds["warmup" if warmup else "joint"] += time.time() - clock
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-            state = {f"router/{k}": v for k, v in router.state_dict().items()} | optimizer_tensors(
-                optimizer
-            )
+            state = {f"router/{k}": v for k, v in router.state_dict().items()}
+            state |= optimizer_tensors(optimizer)
             save_tensors(path, state, {"step": step + 1, "seconds": seconds})
     log.close()
     gates.detach()
@@ -409,17 +396,18 @@ def finish(
 
 
 def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
-    """The words that most of `captions` hold, without those that more than a twentieth of the "
-    "whole target holds."""
+    """The most frequent of the words that are at least twice as common here as in the target."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    def tally(lines: Sequence[str]) -> Counter[str]:
-        return Counter(
-            word for line in lines for word in set(re.findall(r"[a-z]{3,}", line.lower()))
-        )
+    def shares(lines: Sequence[str]) -> dict[str, float]:
+        words = Counter(w for line in lines for w in set(re.findall(r"[a-z]{3,}", line.lower())))
+        return {word: n / len(lines) for word, n in words.most_common()}
 
-    common = {word for word, n in tally(everything).items() if n > max(1, len(everything) / 20)}
+    overall = shares(everything)
     return [
-        word for word, _ in tally(captions).most_common(count + len(common)) if word not in common
+        word
+        for word, n in shares(captions).items()
+        if n > 2 * overall[word] and word not in ENGLISH_STOP_WORDS
     ][:count]
 
 

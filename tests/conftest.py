@@ -1,4 +1,4 @@
-"""Small U-Nets of the kinds that the method must work on unchanged, with weights that hide nothing."""
+"""Small U-Nets of the kinds that the method must work on, with weights that hide nothing."""
 
 import os
 from collections.abc import Callable
@@ -13,46 +13,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("aptp", deadline=None, derandomize=True, max_examples=12)
 settings.load_profile("aptp")
 
-SMALL = dict(
-    sample_size=8,
-    block_out_channels=(32, 64),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=2,
-    norm_num_groups=8,
-    cross_attention_dim=16,
-)
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "sd2": SMALL | dict(attention_head_dim=(2, 4), use_linear_projection=True),
-    "sd1": SMALL | dict(attention_head_dim=4, layers_per_block=1),
+    "sd2": SMALL | {"attention_head_dim": (2, 4), "use_linear_projection": True},
+    "sd1": SMALL | {"attention_head_dim": 4, "layers_per_block": 1},
     "sdxl": SMALL
-    | dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    ),
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    },
     # attention outside Transformers (with biases), time as scale and shift, no middle block
     "mixed": SMALL
-    | dict(
-        down_block_types=("CrossAttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=8,
-        mid_block_type=None,
-        only_cross_attention=(True, False),
-        resnet_time_scale_shift="scale_shift",
-        resnet_out_scale_factor=1.4,
-    ),
+    | {
+        "down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8,
+        "mid_block_type": None,
+        "only_cross_attention": (True, False),
+        "resnet_time_scale_shift": "scale_shift",
+        "resnet_out_scale_factor": 1.4,
+    },
 }
 
 
 @pytest.fixture(scope="session", params=LAYOUTS)
 def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
-    """A tiny frozen U-Net of each layout. Its norms' and layers' biases are not zero, as they start."""
+    """A tiny frozen U-Net of each layout. No bias is zero, as those of norms are at the start."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(**LAYOUTS[request.param]).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
 
 @pytest.fixture(scope="session")
 def make_inputs() -> Callable[..., dict[str, Any]]:
-    """make_inputs(unet, batch_size, seed): keyword arguments of a forward, 5 text tokens a sample."""
+    """make_inputs(unet, batch_size, seed): keyword arguments of a forward, with 5 text tokens."""
 
     def make(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(seed)

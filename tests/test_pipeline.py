@@ -251,8 +251,7 @@ def test_other_settings_do_not_overwrite_a_run(run):
 
 
 def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    """Stopped after three of five steps, it ends with the very weights of the undisturbed "
-    "expert."""
+    """Stopped after three of five steps, it ends with the weights of the undisturbed expert."""
     folder = tmp_path / "run"
     folder.mkdir()
     copy_run(run, folder)

@@ -26,11 +26,11 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
     for stop in (2, 1):  # in the autoencoder's third step, then in the U-Net's second
         calls: list[int] = []
 
-        def stopping(self, loss, rate, calls=calls, stop=stop):
+        def stopping(self, loss, rate, images, calls=calls, stop=stop):
             calls.append(1)
             if len(calls) > stop:
                 raise KeyboardInterrupt
-            update(self, loss, rate)
+            update(self, loss, rate, images)
 
         monkeypatch.setattr(pretrain.Training, "update", stopping)
         with pytest.raises(KeyboardInterrupt):
@@ -39,7 +39,8 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
     pretrain.pretrain(config("stopped"))
     for name in ("vae.safetensors", "unet.safetensors"):
         whole, stopped = (load_tensors(tmp_path / run / name) for run in ("whole", "stopped"))
-        assert whole[1] == stopped[1] == {"step": 3}
+        assert whole[1] == stopped[1]
+        assert whole[1]["step"] == 3
         assert all(torch.equal(whole[0][key], stopped[0][key]) for key in whole[0])
     teacher = load_pocket(tmp_path / "stopped-assets")
     assert teacher.encode_text(["a giraffe"]).shape == (1, teacher.text_tokens, 384)

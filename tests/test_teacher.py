@@ -58,8 +58,7 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
 
 
 def test_noised_samples_follow_the_schedule(teacher):
-    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps and v = sqrt(abar) eps - sqrt(1 - abar) x_0, so "
-    "x_0 = sqrt(abar) x_t - sqrt(1 - abar) v."""
+    """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v, from the definitions of x_t and v."""
     x0 = torch.randn(16, 8, 8, 8)
     batch = add_noise(teacher, x0, torch.zeros(16, 1, 384), step_generator(0, "test"))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
