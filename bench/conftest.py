@@ -1,9 +1,8 @@
-"""Shared by the benchmarks: the U-Net that they run on, and fair ratios."""
+"""What the benchmarks share: a U-Net with random weights, and ratios taken inside one run."""
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,59 +10,64 @@ from diffusers import UNet2DConditionModel
 
 from unets import load_shape
 
+RATIOS = pytest.StashKey[list[str]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--bench-unet",
-        default="sd21",
-        help="shape of the U-Net, with random weights: sd21, sd21-base, sd15, sdxl, pocket",
-    )
+    parser.addoption("--bench-unet", default="sd21", help="U-Net to time, as of prune_unet.py")
+    parser.addoption("--bench-pixels", type=int, default=256, help="pixels a side")
+    parser.addoption("--bench-rounds", type=int, default=7, help="rounds of what runs the U-Net")
 
 
 @pytest.fixture(scope="session")
-def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
-    """A U-Net of the asked-for shape with random weights, frozen; time depends on the shape."""
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def unet(request: pytest.FixtureRequest, device: torch.device) -> UNet2DConditionModel:
+    """The U-Net of `--bench-unet`, frozen, with its modules' own random initialisation."""
     torch.manual_seed(0)
-    config = load_shape(request.config.getoption("--bench-unet")).config
-    return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+    model = load_shape(request.config.getoption("--bench-unet")).to_empty(device=device)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture
-def latent_size(unet: UNet2DConditionModel) -> int:
-    """256 pixels, or the U-Net's own size where that is less."""
-    return min(32, int(unet.config.sample_size))
+def compare(benchmark, request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+    """compare(ours, theirs, target, rounds): medians of runs in turn, theirs ours theirs ours ...
 
-
-@pytest.fixture
-def compare(benchmark: Any) -> Callable[..., float]:
-    """compare(subject, yardstick, rounds): median of the rounds' ratios subject / yardstick.
-
-    Both run in turns, A B A B, so that the machine's drift cancels. `extra_info` holds the ratio
-    and both medians in seconds.
+    Nothing is asserted: the ratio goes to the report's `extra_info` and to the end of the output.
     """
 
-    def run(subject: Callable[[], Any], yardstick: Callable[[], Any], rounds: int = 7) -> float:
-        times: dict[str, list[float]] = {"subject": [], "yardstick": []}
+    def timed(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-        def pair() -> None:
-            for name, function in (("subject", subject), ("yardstick", yardstick)):
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
-
-        benchmark.pedantic(pair, rounds=rounds, warmup_rounds=1)
-        del times["subject"][0], times["yardstick"][0]  # the warm-up
-        ratio = statistics.median(
-            a / b for a, b in zip(times["subject"], times["yardstick"], strict=True)
+    def run(
+        ours: Callable[[], object], theirs: Callable[[], object], target: float, rounds: int
+    ) -> None:
+        own: list[float] = []
+        other: list[float] = []
+        benchmark.pedantic(
+            lambda: own.append(timed(ours)),
+            setup=lambda: other.append(timed(theirs)),
+            rounds=rounds,
+            warmup_rounds=1,
         )
-        benchmark.extra_info["ratio"] = ratio
-        for name, values in times.items():
-            benchmark.extra_info[f"{name}_seconds"] = statistics.median(values)
-        print(
-            f"\n{benchmark.name}: ratio {ratio:.3f} "
-            f"({statistics.median(times['subject']):.4g} s against "
-            f"{statistics.median(times['yardstick']):.4g} s)"
-        )
-        return ratio
+        ratio = statistics.median(own[1:]) / statistics.median(other[1:])
+        benchmark.extra_info.update(ratio=ratio, target=target)
+        line = f"{request.node.name}: {ratio:.3f} of the other's time (target: {target} at most)"
+        request.config.stash.setdefault(RATIOS, []).append(line)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for line in config.stash.get(RATIOS, []):
+        terminalreporter.write_line(line)

@@ -21,7 +21,8 @@ import finetune
 import sample
 import train
 from gates import ArchSpace
-from prune_unet import example_inputs, load_expert, measure_macs, module_macs
+from macs import example_inputs, measure_macs, module_macs
+from prune_unet import load_expert
 from runfolder import UserError, command_line, load_tensors, read_json, save_tensors, write_json
 from teacher import load_teacher
 
