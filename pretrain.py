@@ -95,7 +95,7 @@ class Config:
     """Weight of the L1 distance between image gradients."""
     square_weight: float = 2.0
     """Weight of the squared distance, which is what brings colours back early."""
-    unet_steps: int = 4500
+    unet_steps: int = 3600
     """Training steps of the U-Net."""
     unet_batch_size: int = 64
     """Latents a step of the U-Net."""

@@ -7,9 +7,9 @@
 | epsilon | `eps`, weight of the entropy H(Q) | scalar |
 | m, n | what the two normalisations take out of a row and a column | (N, 1), (1, B) |
 
-Departures from the paper: none in the equations. The iterations run on logarithms, in double
-precision, because exp(scores / eps) with eps = 0.05 overflows single precision at a similarity of
-4.4. There, multiplying a row by m so that it sums to a constant is a log-softmax along it.
+Departures from the paper: none in the equations. The iterations run on logarithms, because
+exp(scores / eps) with eps = 0.05 overflows single precision at a similarity of 4.4. There,
+multiplying a row by m so that it sums to a constant is a log-softmax along it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
     """Q* = diag(m) exp(scores / eps) diag(n), which solves Eq. 5, by Sinkhorn-Knopp [Eq. 5] [Eq. 7]
 
     Every column of Q* sums to 1/B exactly; every row sums to 1/N in the limit of many iterations
-    (Eq. 6). Works in any floating-point type, internally in float64 (on mps, which has none, in
-    float32), and does not propagate gradients.
+    (Eq. 6). Works in any floating-point type, internally in float32 or wider, and propagates no
+    gradients.
 
     Args:
         scores: similarities of N codes and B embeddings, (N, B), finite.
@@ -42,7 +42,7 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
         raise ValueError(f"scores must be a non-empty (N, B) matrix, got {tuple(scores.shape)}")
     if not eps > 0 or iterations < 1:
         raise ValueError(f"eps must be > 0 and iterations >= 1, got {eps} and {iterations}")
-    work = torch.float32 if scores.device.type == "mps" else torch.float64
+    work = torch.promote_types(scores.dtype, torch.float32)
     log_Q = scores.detach().to(work) / eps  # (N, B)
     for _ in range(iterations):
         log_Q = F.log_softmax(log_Q, dim=1)  # equal rows; their 1/N is undone by the next line
