@@ -349,7 +349,7 @@ def export(cfg: Config, vae: AutoencoderKL, unet: UNet2DConditionModel, psnr: fl
         "guidance": cfg.guidance_scale,
         "params_unet": sum(p.numel() for p in unet.parameters()),
         "params_vae": sum(p.numel() for p in vae.parameters()),
-        "config": as_json(cfg),
+        "config": {k: v for k, v in as_json(cfg).items() if k not in ("out", "assets", "export")},
     }
     write_json(cfg.assets / "training.json", figures)
 
