@@ -33,7 +33,8 @@ def load_shape(name: str) -> UNet2DConditionModel:
     Raises:
         UserError: there is no such U-Net, or its configuration is not one of a U-Net.
     """
-    known = {path.stem: path for path in sorted((ASSETS / "unets").glob("*.json"))}
+    files = (ASSETS / "unets").glob("*.json")
+    known = {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
     known["pocket"] = ASSETS / "pocket" / "unet" / "config.json"
     folder = Path(name)
     places = [known.get(name), folder / "config.json", folder / "unet" / "config.json"]
