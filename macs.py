@@ -296,10 +296,10 @@ def reopen_units(
     reserve = target - float(shares @ prices)
     for place in codes.flatten().argsort(descending=True).tolist():
         expert, unit = divmod(place, codes.shape[1])
-        if gates[expert, unit] == 1 or shares[expert] == 0:
-            continue
         if reserve < 1e-4 * target:
             break
+        if gates[expert, unit] == 1:
+            continue
         trial = gates[expert].clone()
         trial[unit] = 1
         price = macs(trial)

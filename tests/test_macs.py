@@ -197,11 +197,30 @@ def test_whole_budget_keeps_everything_and_the_floor_is_reached(real):
     assert (real(codes) == real.floor).all()
 
 
-def test_experts_without_prompts_are_pruned_like_the_others(real):
+def test_a_whole_layer_does_not_go_for_a_part_of_its_cost(real):
+    """Its logit is the lowest, but the budget asks for half of what it costs."""
+    opened = torch.ones(real.space.size)
+    saving = {}
+    for layer in real.space.depth_layers:
+        code = opened.clone()
+        code[layer.start] = 0
+        saving[layer] = 1 - real(code).item() / real.dense
+    costliest = max(saving, key=saving.__getitem__)
+    assert saving[costliest] > 0.03
+    logits = random(1, real.space.size, seed=0)
+    logits[0, costliest.start] = -1
+    budget = 1 - saving[costliest] / 2
+    codes = meet_budget(logits, torch.ones(1), real, budget)
+    assert codes[0, costliest.start] == 1
+    assert 0.99 * budget <= real(codes).item() / real.dense <= budget
+
+
+def test_an_expert_without_prompts_is_pruned_like_the_others(real):
+    """It costs nothing, yet what the others cannot have back stays closed in it too."""
     logits = random(1, real.space.size, seed=0).repeat(2, 1)
     codes = meet_budget(logits, torch.tensor([1.0, 0.0]), real, 0.7)
-    ratios = real(codes) / real.dense
-    assert abs(ratios[1] - ratios[0]) < 0.05
+    assert (codes[1] <= codes[0]).all()
+    assert (codes[1] != codes[0]).float().mean() < 0.02
 
 
 def test_a_budget_that_cannot_be_met_names_the_floor(real):

@@ -73,7 +73,7 @@ def largest_difference(unet, space, codes, inputs) -> float:
     rows=st.integers(1, 2),
     repeats=st.integers(1, 2),
 )
-@settings(max_examples=8)
+@settings(max_examples=15)
 def test_cut_equals_gated(unet, make_inputs, seed, depth, open_share, kinds, rows, repeats):
     space = ArchSpace.from_unet(unet, depth)
     codes = random_codes(space, rows, open_share, kinds, seed)
@@ -103,7 +103,7 @@ def prices(unet):
 
 
 @given(seed=SEEDS, depth=DEPTHS, open_share=st.floats(0, 1))
-@settings(max_examples=8)
+@settings(max_examples=15)
 def test_macs_of_a_code_are_those_counted_on_its_expert(
     unet, prices, make_inputs, seed, depth, open_share
 ):

@@ -9,10 +9,20 @@ from runfolder import UserError
 from unets import ASSETS, describe, load_shape
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21-base", "sd21", "sdxl", "pocket"])
-@pytest.mark.parametrize("depth", ["paper", "all", "none"])
-def test_levels_add_up_to_the_whole(name, depth):
+@pytest.mark.parametrize(
+    ("name", "depth", "pixels"),
+    [
+        ("sd15", "paper", 512),
+        ("sd21-base", "paper", 512),
+        ("sd21", "all", 768),
+        ("sdxl", "paper", 1024),
+        ("pocket", "paper", 64),
+        ("pocket", "none", 64),
+    ],
+)
+def test_levels_add_up_to_the_whole_at_the_unets_own_resolution(name, depth, pixels):
     found = describe(name, depth=depth)
+    assert found["resolution"] == pixels
     for key in ("units", "groups", "heads", "ff", "depth", "params", "macs"):
         assert sum(level[key] for level in found["levels"]) == found[key]
     assert found["units"] == sum(found[key] for key in ("groups", "heads", "ff", "depth"))
@@ -30,12 +40,6 @@ def test_the_first_level_of_sd21_by_hand():
     assert levels["output"]["macs"] == conv
     assert levels["output"]["params"] == 2 * 320 + 9 * 320 * 4 + 4
     assert levels["mid_block"]["units"] == 2 * 32 + 2 * 20 + 32
-
-
-def test_default_resolution_is_the_unets_own():
-    assert describe("sd15")["resolution"] == 512
-    assert describe("sd21")["resolution"] == 768
-    assert describe("sdxl")["resolution"] == 1024
 
 
 def test_text_tokens_count_in_the_exact_macs_only():
