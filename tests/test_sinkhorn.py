@@ -42,8 +42,8 @@ def test_equals_the_plain_loop(N, B, seed, eps, iterations):
 def test_converges_to_pot(eps):
     scores = similarities(6, 50, 0)
     rows, columns = np.full(6, 1 / 6), np.full(50, 1 / 50)
-    expected = ot.sinkhorn(rows, columns, -scores.numpy(), eps, numItermax=20_000, stopThr=1e-14)
-    assert np.allclose(sinkhorn(scores, eps, 20_000), expected, atol=1e-9)
+    expected = ot.sinkhorn(rows, columns, -scores.numpy(), eps, numItermax=5000, stopThr=1e-14)
+    assert np.allclose(sinkhorn(scores, eps, 5000), expected, atol=1e-9)
 
 
 def test_maximises_the_objective_of_eq_5():
