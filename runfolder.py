@@ -173,29 +173,40 @@ def claim(run: Path, settings: dict[str, Any], free: tuple[str, ...]) -> None:
         raise UserError(f"{run} is not empty and holds no run; choose another folder with --out")
 
 
+def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """SHA-256 of what a file holds: its meta, and each tensor's name and bytes."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None
 ) -> None:
-    """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all."""
-    header = {"meta": json.dumps(meta or {})}
+    """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all.
+
+    The file carries a checksum of both.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    meta = json.loads(json.dumps(meta or {}))
     with replacing(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            header,
-        )
+        # one key: with two, their order in the file would be left to chance
+        header = json.dumps({"meta": meta, "sha256": fingerprint(plain, meta)})
+        save_file(plain, temporary, {"header": header})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
-    Raises `UserError`, naming the file, where it is missing, cut short or not safetensors.
+    Raises `UserError`, naming the file, where it is missing, cut short, altered or of another
+    program.
     """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}, json.loads(
-                (file.metadata() or {}).get("meta", "{}")
-            )
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: the folder is incomplete; run the command that makes it again"
@@ -204,6 +215,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run its command again"
         ) from None
+    meta = header.get("meta", {})
+    if header.get("sha256") != fingerprint(tensors, meta):
+        why = "its checksum does not fit" if "sha256" in header else "it carries no checksum"
+        raise UserError(f"{path} is damaged ({why}); delete it and run its command again")
+    return tensors, meta
+
+
+def checksum(path: Path) -> str | None:
+    """The checksum that a file of `save_tensors` carries; None where there is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
+        return None
+    return header.get("sha256")
 
 
 def optimizer_tensors(
