@@ -1,6 +1,6 @@
-"""The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2-4, 8, 20-22.
+"""The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2, 4, 8, 20-22.
 
-A prompt becomes an embedding z (frozen sentence encoder), an architecture embedding e (one linear
+A prompt becomes an embedding z (`prompt_encoder.py`), an architecture embedding e (one linear
 layer), and then one of N architecture codes: by optimal transport over the batch while training, by
 cosine similarity afterwards.
 
@@ -39,43 +39,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import minilm_folder
-from runfolder import UserError, step_generator
+# the router's first part: the scripts import it from here
+from prompt_encoder import MAX_PROMPT_CHARACTERS as MAX_PROMPT_CHARACTERS
+from prompt_encoder import PromptEncoder as PromptEncoder
+from runfolder import step_generator
 from sinkhorn import sinkhorn
-
-PROMPT_ENCODERS = {"minilm": minilm_folder}
-MAX_PROMPT_CHARACTERS = 10_000
-
-
-class PromptEncoder:
-    """A frozen Sentence Transformer.
-
-    `name`: `minilm` (384-d, comes with a package), a folder, or a hub id.
-    """
-
-    def __init__(self, name: str = "minilm", device: torch.device | str = "cpu") -> None:
-        from sentence_transformers import SentenceTransformer
-
-        self.name = name
-        source = str(PROMPT_ENCODERS[name]()) if name in PROMPT_ENCODERS else name
-        try:
-            self.model = SentenceTransformer(source, device=str(device))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--prompt-encoder {name} could not be loaded "
-                f"({str(error).splitlines()[0][:120]}); "
-                f"use {', '.join(PROMPT_ENCODERS)}, a local folder, or fetch it once on a machine "
-                f"with network"
-            ) from None
-
-    def __call__(self, prompts: Sequence[str], *, progress: bool = False) -> Tensor:
-        """z = f_PE(p): unit-length embeddings, (B, dz), float32, on the CPU [Eq. 3]"""
-        z = self.model.encode(
-            [prompt[:MAX_PROMPT_CHARACTERS] for prompt in prompts],
-            convert_to_tensor=True,
-            show_progress_bar=progress,
-        )
-        return F.normalize(z.detach().clone().float().cpu(), dim=-1)
 
 
 class PromptRouter(nn.Module):
@@ -129,7 +97,13 @@ class PromptRouter(nn.Module):
         return sinkhorn(self.similarity(e), eps, iterations).argmax(0)
 
     def assign(
-        self, e: Tensor, A: Tensor | None = None, *, eps: float = 0.05, iterations: int = 3
+        self,
+        e: Tensor,
+        A: Tensor | None = None,
+        *,
+        eps: float = 0.05,
+        iterations: int = 3,
+        transport: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """a = f_R(e, A; Q*) = A[:, I]: the codes of a training batch [Eq. 8] [Eq. 21]
 
@@ -137,11 +111,12 @@ class PromptRouter(nn.Module):
             e: architecture embeddings, (B, D).
             A: what to pick from, a row an expert, (N, D): the codes if absent, or their gates.
             eps, iterations: of the transport.
+            transport: without it each prompt takes its nearest code (the ablation of Table 3).
 
         Returns:
             I, (B,), chosen without gradient, and A's rows for it, (B, D), with gradient.
         """
-        experts = self.transport(e, eps, iterations)
+        experts = self.transport(e, eps, iterations) if transport else self.nearest(e)
         return experts, (self.codes if A is None else A)[experts]
 
     def nearest(self, e: Tensor) -> Tensor:
@@ -169,7 +144,13 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def start_codes(
-        self, z: Tensor, *, seed: int = 0, iterations: int = 20, sample: int = 8192
+        self,
+        z: Tensor,
+        *,
+        seed: int = 0,
+        iterations: int = 20,
+        sample: int = 8192,
+        transport: bool = True,
     ) -> None:
         """Set the codes to the centres of a balanced clustering of the prompts' embeddings.
 
@@ -180,13 +161,15 @@ class PromptRouter(nn.Module):
             z: embeddings of training prompts, (P, dz), at least N.
             seed: chooses the first centres and, of more than `sample` prompts, which are used.
             iterations: of assigning and averaging.
+            transport: without it the clustering is k-means, and clusters have any size.
         """
         draw = step_generator(seed, "codes")
         z = z[torch.randperm(len(z), generator=draw)[:sample]].to(self.codes.device)
         e = self(z)  # (P, D)
         centres = e[: self.num_experts].clone()
         for _ in range(iterations):
-            experts = sinkhorn(self.similarity(e, centres), iterations=10).argmax(0)  # (P,)
+            scores = self.similarity(e, centres)  # (N, P)
+            experts = (sinkhorn(scores, iterations=10) if transport else scores).argmax(0)  # (P,)
             for i in experts.unique().tolist():
                 centres[i] = e[experts == i].mean(0)
         self.codes.copy_(centres)

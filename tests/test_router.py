@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from router import PromptEncoder, PromptRouter
-from runfolder import UserError
 
 PROMPTS = ["a giraffe", "an elephant in the savanna", "a slice of pizza", "the japan flag"]
 
@@ -23,24 +22,6 @@ def router():
         router.codes += 0.3 * torch.randn(4, 40)
         router.mean_z.copy_(torch.randn(16))
     return router
-
-
-def test_encoder_gives_unit_vectors_in_which_near_means_alike(encoder):
-    z = encoder(PROMPTS)
-    assert z.shape == (4, 384)
-    assert torch.allclose(z.norm(dim=-1), torch.ones(4), atol=1e-5)
-    near, far = z[0] @ z[1], z[0] @ z[3]
-    assert near > far
-
-
-def test_encoder_does_not_care_about_the_batch(encoder):
-    together, alone = encoder(PROMPTS), torch.cat([encoder([p]) for p in PROMPTS])
-    assert torch.allclose(together, alone, atol=1e-5)
-
-
-def test_unknown_encoder():
-    with pytest.raises(UserError, match="no-such-model"):
-        PromptEncoder("/no/no-such-model")
 
 
 def test_predictor_is_one_linear_layer_that_starts_open(router):
