@@ -55,7 +55,7 @@ from teacher import Encoded, Noised, Teacher, add_noise, encode_target, load_tea
 
 @dataclass(frozen=True)
 class Config:
-    """The fine-tuning stage. Fields that say "by target" are filled in from `PRESETS`."""
+    """The fine-tuning stage. Fields that say "by target" are filled in from `BY_TARGET`."""
 
     run: Path | None = None
     """Run folder; the newest run if not given."""
@@ -65,6 +65,8 @@ class Config:
     """Steps an expert; by target (emoji: 100, paper: 30000)."""
     batch_size: int | None = None
     """Images a step; by target (emoji: 32, paper: 128)."""
+    micro_batch: int | None = None
+    """Images that go through the U-Nets at once; by target (emoji: all, others: 32)."""
     lr: float | None = None
     """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
     alpha_ddpm: float = 1e-4
@@ -77,12 +79,20 @@ class Config:
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16: of the teacher, and of the expert's products; its weights are fp32."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory, a third more time."""
     save_every: int = 50
     """Steps between checkpoints."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {"emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4}}
+BY_TARGET: dict[str, dict[str, Any]] = {
+    "emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4},
+    "paper": {"steps": 30_000, "batch_size": 128, "lr": 1e-5, "micro_batch": 32},  # App. E.2
+}
 TERMS = ("loss", "denoising", "distillation")
+HALF_SCALE = 1024.0  # of the loss in half precision, undone in its gradients
 IDENTITY = (
     "steps",
     "batch_size",
@@ -92,6 +102,11 @@ IDENTITY = (
     "caption_dropout",
     "seed",
 )  # an expert made with other values of these is another expert
+
+
+def by_target(target: str) -> dict[str, Any]:
+    """Settings that depend on the target; the paper's for all but emoji."""
+    return BY_TARGET.get(target, BY_TARGET["paper"])
 
 
 def expert_path(run: Path, expert: int) -> Path:
@@ -118,15 +133,32 @@ def finetuning_step(
     batch: Noised,
     cfg: Config,
 ) -> dict[str, Tensor]:
-    """Eq. 30 for one batch: the loss and its terms, scalars."""
-    with torch.no_grad():
-        teacher_output = teacher.unet(**batch.inputs()).sample
-    output = expert(**batch.inputs()).sample
-    teacher_blocks, blocks = (recorder.take() for recorder in recorders)
-    denoising = losses.denoising_loss(output, batch.target)  # (B,)
-    distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)  # (B,)
-    loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
-    return {"loss": loss, "denoising": denoising.mean(), "distillation": distillation.mean()}
+    """Eq. 30 for one batch: the loss and its terms, scalars; leaves the gradients.
+
+    A micro-batch at a time, each with its share of the batch's mean.
+    """
+    B, dtype = len(batch.sample), teacher.dtype
+    total = torch.zeros(3)
+    scale = HALF_SCALE if dtype == torch.float16 else 1.0
+    for part in torch.arange(B).split(cfg.micro_batch or B):
+        inputs = batch.part(part)
+        with torch.no_grad():
+            teacher_output = teacher.unet(**inputs.inputs()).sample
+        with torch.autocast(teacher.device.type, dtype, enabled=dtype != torch.float32):
+            output = expert(**inputs.inputs()).sample
+        teacher_blocks, blocks = (recorder.take() for recorder in recorders)
+        denoising = losses.denoising_loss(output, inputs.target)  # (b,)
+        distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
+        loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
+        share = len(part) / B
+        (scale * share * loss).backward()
+        terms = torch.stack([loss, denoising.mean(), distillation.mean()])
+        total += share * terms.detach().float().cpu()
+    if scale != 1:
+        for parameter in expert.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
+    return dict(zip(TERMS, total, strict=True))
 
 
 def finetune_expert(
@@ -150,7 +182,9 @@ def finetune_expert(
     assert cfg.steps and cfg.batch_size and cfg.lr
     path, checkpoint = expert_path(run, i), run / "experts" / f"{i}.checkpoint.safetensors"
     identity = {key: getattr(cfg, key) for key in IDENTITY}
-    expert = cut_expert(teacher.unet, code, space).requires_grad_(True)
+    expert = cut_expert(teacher.unet, code, space).float().requires_grad_(True)
+    if cfg.checkpointing:
+        expert.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(expert.parameters(), lr=cfg.lr)
     first = 0
     if checkpoint.exists():
@@ -167,18 +201,21 @@ def finetune_expert(
     for step in bar:
         draw = step_generator(cfg.seed, f"finetune {i}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
-        text = data.text[pick].clone()
-        text[torch.rand(len(pick), generator=draw) < cfg.caption_dropout] = empty
+        _, latents, text = data.batch(pick)
+        dropped = torch.rand(len(pick), generator=draw) < cfg.caption_dropout
+        text = torch.where(dropped[:, None, None], empty, text)
+        optimizer.zero_grad(set_to_none=True)
         terms = finetuning_step(
-            teacher, expert, recorders, add_noise(teacher, data.latents[pick], text, draw), cfg
+            teacher, expert, recorders, add_noise(teacher, latents, text, draw), cfg
         )
         values = {name: terms[name].item() for name in TERMS}
-        if not math.isfinite(values["loss"]):
+        grads = [p.grad for p in expert.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        if not math.isfinite(values["loss"]) or not math.isfinite(norm):
             raise UserError(
-                f"the loss of expert {i} became {values['loss']} at step {step}; try a lower --lr"
+                f"the loss of expert {i} became {values['loss']} and its gradient {norm:.3g} at "
+                f"step {step}; try a lower --lr, or --precision fp32 or bf16"
             )
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
         optimizer.step()
         log.write(step, values)
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
@@ -211,13 +248,13 @@ def finetune(cfg: Config) -> None:
     summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
     given = {key: value for key, value in asdict(cfg).items() if value is not None}
     cfg = replace(
-        cfg, **{key: given.get(key, value) for key, value in PRESETS[summary["target"]].items()}
+        cfg, **{key: given.get(key, value) for key, value in by_target(summary["target"]).items()}
     )
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
-    for name in ("steps", "batch_size"):
-        if getattr(cfg, name) < 1:
+    for name in ("steps", "batch_size", "micro_batch"):
+        if (getattr(cfg, name) or 1) < 1:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small; choose 1 or more"
             )
@@ -234,12 +271,24 @@ def finetune(cfg: Config) -> None:
         print(f"{run}: all of the experts asked for are fine-tuned already")
         return
 
-    teacher = load_teacher(summary["teacher"], pick_device(cfg.device))
+    teacher = load_teacher(
+        summary["teacher"],
+        pick_device(cfg.device),
+        precision=cfg.precision,
+        resolution=summary["resolution"],
+    )
     space = ArchSpace.from_unet(teacher.unet, settings["depth"])
     codes = load_codes(run, space)
-    data = load_target(summary["target"], "train", seed=settings["seed"], limit=settings["limit"])
+    data = load_target(
+        summary["target"],
+        "train",
+        seed=settings["seed"],
+        limit=settings["limit"],
+        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
+        resolution=teacher.resolution,
+    )
     assignment = torch.tensor(read_json(run / "assignments.json")["train"])
-    encoded = encode_target(teacher, data)
+    encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.encode_text([""])[0].cpu()
     for i in todo:
         rows = (assignment == i).nonzero().flatten()

@@ -110,16 +110,20 @@ def finetuning_loss(
     return (alpha_ddpm * denoising + alpha_distill * distillation).mean()
 
 
-def expert_mean(per_sample: Tensor, assignment: Tensor, num_experts: int) -> Tensor:
-    """1/N sum_i 1/B^(i) sum_j x_j^(i), (B,) -> scalar: experts count alike whatever their B^(i).
+def sample_weights(assignment: Tensor | None, num_experts: int, batch_size: int) -> Tensor:
+    """What each sample counts in Eq. 15's image losses: 1 / (N B^(i)), or 1 / B in warm-up, (B,).
+
+    Experts count alike whatever their B^(i).
 
     Args:
-        per_sample: x, (B,).
-        assignment: expert of each sample, (B,), int64, in [0, N).
+        assignment: expert of each sample, (B,), int64, in [0, N); None during warm-up.
         num_experts: N.
+        batch_size: B.
     """
-    counts = torch.bincount(assignment, minlength=num_experts).to(per_sample.dtype)  # (N,)
-    return (per_sample / (num_experts * counts[assignment])).sum()
+    if assignment is None:
+        return torch.full((batch_size,), 1 / batch_size)
+    counts = torch.bincount(assignment, minlength=num_experts)  # (N,)
+    return 1 / (num_experts * counts[assignment]).float()
 
 
 def pruning_loss(
@@ -143,5 +147,6 @@ def pruning_loss(
         lambda_distill, lambda_res, lambda_cont: weights; the defaults are the paper's.
     """
     image = denoising + lambda_distill * distillation  # (B,)
-    mean = image.mean() if assignment is None else expert_mean(image, assignment, num_experts)
+    weights = sample_weights(assignment, num_experts, len(image)).to(image)
+    mean = (weights * image).sum()
     return mean + lambda_res * resource.to(mean.dtype) + lambda_cont * contrastive

@@ -82,13 +82,15 @@ class APTPPipeline:
         self.experts: dict[int, UNet2DConditionModel] = {-1: teacher.unet}
 
     @classmethod
-    def from_pretrained(cls, run: str | Path, device: str = "auto") -> APTPPipeline:
+    def from_pretrained(
+        cls, run: str | Path, device: str = "auto", precision: str = "fp32"
+    ) -> APTPPipeline:
         """Load a run folder. Raises `UserError` where it is incomplete or from another teacher."""
         run, where = Path(run), pick_device(device)
         if not run.is_dir():
             raise UserError(f"--run {run} does not exist; `python train.py` makes one")
         summary = read_json(run / "summary.json")
-        teacher = load_teacher(summary["teacher"], where)
+        teacher = load_teacher(summary["teacher"], where, precision=precision)
         tensors, settings = load_tensors(run / "router.safetensors")
         encoder = PromptEncoder(settings.pop("prompt_encoder"), where)
         router = PromptRouter(**settings)
@@ -120,9 +122,9 @@ class APTPPipeline:
         """
         if expert not in self.experts:
             if self.is_finetuned(expert):
-                self.experts[expert], _ = load_expert(
-                    expert_path(self.run, expert), self.teacher.device
-                )
+                path = expert_path(self.run, expert)
+                unet, _ = load_expert(path, self.teacher.device)
+                self.experts[expert] = unet.to(self.teacher.dtype)
             else:
                 self.experts[expert] = cut_expert(
                     self.teacher.unet, load_codes(self.run, self.space)[expert], self.space
@@ -277,6 +279,8 @@ class Config:
     """Also draw with the unpruned model, and write both side by side to <out>/comparison.png."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16."""
 
 
 def file_name(prompt: str, seed: int) -> str:
@@ -307,7 +311,7 @@ def sample(cfg: Config) -> Sampled:
     if cfg.expert is not None and cfg.expert < 0:
         raise UserError(f"--expert {cfg.expert} does not exist; experts are numbered from 0")
     run = cfg.run or newest_run()
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device)
+    pipeline = APTPPipeline.from_pretrained(run, cfg.device, cfg.precision)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     options: dict[str, Any] = {

