@@ -1,0 +1,313 @@
+"""What APTP is compared with: Sec. 4.1 and 4.3. Each method gives one code for all prompts.
+
+| method | which units are closed first | looks at |
+|---|---|---|
+| `norm` | those of the smallest weights, L1 (Li et al., 2017) | weights |
+| `sp` | of the least Taylor importance over timesteps, Diff-Pruning (Fang et al., 2023) | loss |
+| `bksdm` | whole blocks in a fixed order, BK-SDM (Kim et al., 2023) | weights |
+| `random` | any | seed |
+| `uni-arch` | of the lowest logits of one code, trained like APTP's, without a router | loss |
+| `dense` | none: the unpruned model, whatever the budget | - |
+
+All but `dense` score the units and leave the rest to `macs.meet_budget`, which closes the lowest
+scores by one threshold, so every method meets the budget as APTP's codes do. One threshold asks for
+scores that can be compared between layers. How that is done, and other departures:
+
+- `norm`: L1 norms grow with a layer's size, so a unit's is divided by its layer's mean. A depth
+  unit's is the mean absolute weight of the layer, divided by the mean over the removable ResBlocks
+  or Transformers. Li et al. close a share of each layer that is chosen by hand, and no layers.
+- `sp`: scores are changes of one loss and stay as they are. Fang et al. close the same share of
+  every layer's channels, and add gradients up over the timesteps before they take absolute values;
+  on a teacher that has converged, those cancel. Either is worse here: on the first pocket teacher,
+  at 0.78 of the MACs, the mean squared difference to its output before fine-tuning is 0.065 with
+  the same share of every layer, 0.009 with signed sums, 0.0002 with neither. Timesteps of small
+  loss are left out, as theirs are, but by intervals of the schedule.
+- Why a gate's gradient is that importance, without a gradient for any weight: the layer that reads
+  a unit's features h does so as W h, W being the weights for that unit, and a gate makes it
+  W (a h) = (a W) h. So dL/da at a = 1 is the sum of w dL/dw over W: to first order, and but for
+  the sign, what the loss changes by as W goes to zero. A depth gate does it for a whole branch.
+- `bksdm`: Kim et al. give three sets of blocks. Base: of every stage all pairs of a ResBlock and a
+  Transformer but the first and, in the decoder, the last. Small: also the middle. Tiny: also the
+  innermost stage (whose resampling stays here: the space has no unit for it). For any budget, pairs
+  go in that order, inside Base from the innermost stage outwards, as long as the budget is not
+  undercut; what is left to save comes from widths by `norm`'s scores, first of the block that would
+  be next, then of all others, and where that is not enough from other layers. At the MACs of Base
+  and of Small the expert is theirs exactly. This needs a space of depth "all" (`DEPTHS`).
+- `uni-arch`: APTP's steps, rows, rate, start and losses, but the contrastive one, which is about a
+  router. Sec. 4.3 does not say which losses it used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from tqdm import trange
+
+import losses
+from gates import ArchSpace, Layer
+from macs import MacsModel, check_budget, meet_budget
+from prune_unet import attach_gates, inside, reader
+from pruning_step import TERMS, PruningStep
+from router import PromptRouter
+from runfolder import MetricsLog, UserError, batch_rows, step_generator
+from teacher import Noised, add_noise
+from train import Problem
+
+TAYLOR_STEPS = 16  # batches that `sp` looks at
+INTERVALS = 20  # of the noise schedule, by which `sp` weighs timesteps
+LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
+DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
+
+
+def draw_batch(problem: Problem, step: int, draw: torch.Generator) -> tuple[Tensor, Noised]:
+    """Batch `step` of the target's training rows: their numbers, (B,), and noised latents."""
+    cfg, encoded = problem.cfg, problem.encoded
+    assert cfg.batch_size
+    rows = batch_rows(len(problem.z), cfg.batch_size, cfg.seed, step)
+    return rows, add_noise(problem.teacher, encoded.latents[rows], encoded.text[rows], draw)
+
+
+def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
+    """Scores (D,) -> gates in {0, 1}, (1, D), that meet the budget."""
+    return meet_budget(scores[None], torch.ones(1), macs, budget)
+
+
+def dense(problem: Problem) -> Tensor:
+    """The unpruned model: all gates open, (1, D)."""
+    return torch.ones(1, problem.space.size)
+
+
+def random(problem: Problem) -> Tensor:
+    """A code of units closed by chance, (1, D)."""
+    draw = step_generator(problem.cfg.seed, "random code")
+    scores = torch.rand(problem.space.size, generator=draw)
+    return close_lowest(scores, problem.macs, problem.cfg.budget)
+
+
+# ---- norm ----
+
+
+def norm(problem: Problem) -> Tensor:
+    """The code that closes units of small weights, (1, D). Li et al., 2017."""
+    scores = relative_norms(problem.teacher.unet, problem.space)
+    return close_lowest(scores, problem.macs, problem.cfg.budget)
+
+
+@torch.no_grad()
+def relative_norms(unet: UNet2DConditionModel, space: ArchSpace) -> Tensor:
+    """L1 norms, of width units relative to their layer's mean, of layers to their kind's, (D,)."""
+    scores = torch.zeros(space.size)
+    for layer in space.width_layers:
+        norms = unit_norms(unet, layer)
+        scores[layer.span] = (norms / norms.mean()).cpu()
+    kinds: dict[type, list[int]] = {}
+    for layer in space.depth_layers:
+        module = unet.get_submodule(layer.name)
+        weights = torch.cat([weight.flatten() for weight in module.parameters()])
+        scores[layer.start] = weights.abs().mean().cpu()
+        kinds.setdefault(type(module), []).append(layer.start)
+    for units in kinds.values():
+        scores[units] /= scores[units].mean()
+    return scores
+
+
+def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
+    """L1 norm of all weights and biases that are cut out with each unit of a width layer, (units,).
+
+    The columns by which the unit is read and the rows that write it; where a projection writes two
+    parts (a gated activation, scale and shift), the unit's rows in both.
+    """
+    owner, (reads, width) = unet.get_submodule(layer.name), reader(unet, layer)
+    writers = {
+        "resnet": ("conv1", "time_emb_proj", "norm2"),
+        "attention": ("to_q", "to_k", "to_v"),
+        "feedforward": ("net.0.proj",),
+    }[layer.kind]
+    columns = reads.get_parameter("weight").transpose(0, 1).reshape(layer.units, -1)
+    total = columns.abs().sum(1)  # (units,)
+    for name in writers:
+        if getattr(owner, name.partition(".")[0]) is None:  # a ResBlock without timesteps
+            continue
+        for weight in owner.get_submodule(name).parameters():
+            parts = weight.reshape(weight.shape[0] // width, layer.units, -1)
+            total = total + parts.abs().sum((0, 2))
+    return total
+
+
+# ---- sp ----
+
+
+def sp(problem: Problem) -> Tensor:
+    """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
+    return close_lowest(taylor_importance(problem), problem.macs, problem.cfg.budget)
+
+
+def taylor_importance(problem: Problem) -> Tensor:
+    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (D,).
+
+    L is the denoising loss. Intervals where it is below `LEAST_LOSS` of the highest do not count.
+    """
+    cfg, teacher, D = problem.cfg, problem.teacher, problem.space.size
+    timesteps = teacher.noise_schedule().config.num_train_timesteps
+    loss, count = torch.zeros(INTERVALS), torch.zeros(INTERVALS)
+    change = torch.zeros(INTERVALS, D)
+    gates = attach_gates(teacher.unet, problem.space)
+    try:
+        for step in trange(TAYLOR_STEPS, desc="Taylor importance", unit="batch"):
+            rows, batch = draw_batch(problem, step, step_generator(cfg.seed, "taylor", step))
+            for places in torch.arange(len(rows)).split(cfg.micro_batch or len(rows)):
+                part = batch.part(places)
+                a = torch.ones(len(places), D, device=teacher.device, requires_grad=True)
+                gates.set_gates(a)
+                output = teacher.unet(**part.inputs()).sample
+                per_sample = losses.denoising_loss(output, part.target)  # (b,)
+                (gradient,) = torch.autograd.grad(per_sample.sum(), a)  # (b, D), a row a sample
+                interval = (part.t * INTERVALS // timesteps).cpu()
+                loss.index_add_(0, interval, per_sample.detach().cpu())
+                change.index_add_(0, interval, gradient.abs().cpu())
+                count += torch.bincount(interval, minlength=INTERVALS)
+    finally:
+        gates.detach()
+    mean_loss = loss / count.clamp(min=1)
+    counts = mean_loss > LEAST_LOSS * mean_loss.max()
+    return (change / count.clamp(min=1)[:, None])[counts].sum(0)
+
+
+# ---- bksdm ----
+
+
+def bksdm(problem: Problem) -> Tensor:
+    """The code of BK-SDM's list of blocks, as far as the budget goes, (1, D). Kim et al., 2023.
+
+    Raises:
+        ValueError: the space is not one of depth "all".
+    """
+    macs, space, budget = problem.macs, problem.space, problem.cfg.budget
+    check_budget(budget, macs)
+    removed, following = blocks_to_remove(macs, budget)
+    scores = relative_norms(problem.teacher.unet, space)
+    step = scores.max() + 1
+    for layer in space.layers:
+        if inside(layer, removed):
+            scores[layer.span] = -torch.inf
+        elif layer.kind == "depth":
+            scores[layer.span] += step  # later than any width
+        elif inside(layer, following):
+            scores[layer.span] -= step  # earlier than the others
+    # what is removed costs nothing from here on, so that none of it is opened to use up a remainder
+    left = torch.tensor([1.0] + [layer.name not in removed for layer in space.depth_layers])
+    rest = replace(macs, unit_cost=macs.unit_cost * left, fixed_cost=macs.fixed_cost * left)
+    return close_lowest(scores, rest, min(1.0, budget * macs.dense / rest.dense))
+
+
+def blocks_to_remove(macs: MacsModel, budget: float) -> tuple[list[str], list[str]]:
+    """Names of the layers that go before the budget is undercut, and of the block next in line."""
+    code, removed = torch.ones(macs.space.size), list[str]()
+    starts = {layer.name: layer.start for layer in macs.space.depth_layers}
+    for block in removal_order(macs.space):
+        code[[starts[name] for name in block]] = 0
+        if macs(code) + 0.5 < budget * macs.dense:  # half a MAC, against rounding
+            return removed, block
+        removed += block
+    return removed, []
+
+
+def removal_order(space: ArchSpace) -> list[list[str]]:
+    """BK-SDM's blocks, each a list of layers, in the order of removal: Base, then Small, then Tiny.
+
+    Raises:
+        ValueError: the space is not one of depth "all".
+    """
+    if space.depth != "all":
+        raise ValueError(f'bksdm needs a space of depth "all", got {space.depth!r}')
+    place = re.compile(r"(down|up)_blocks\.(\d+)\.(?:resnets|attentions)\.(\d+)")
+    last: dict[tuple[str, int], int] = {}  # (side, stage) -> number of its last pair
+    pairs: dict[tuple[str, int, int], list[str]] = {}  # (side, stage, pair) -> what can be removed
+    for layer in space.layers:
+        if found := place.match(layer.name):
+            side, stage, pair = found[1], int(found[2]), int(found[3])
+            last[side, stage] = max(pair, last.get((side, stage), 0))
+            if layer.kind == "depth":
+                pairs.setdefault((side, stage, pair), []).append(layer.name)
+    stages = 1 + max(stage for side, stage in last if side == "down")
+    inward = [
+        block for i in range(stages) for block in (("down", stages - 1 - i), ("up", i))
+    ]  # from the innermost stage outwards
+    base = [
+        (*block, pair)
+        for block in inward
+        for pair in range(1, last[block] + (block[0] == "down"))
+        if (*block, pair) in pairs
+    ]
+    tiny = [key for key in sorted(pairs) if key[:2] in inward[:2] and key not in base]
+    middle = [layer.name for layer in space.depth_layers if layer.name.startswith("mid_block.")]
+    order = [*(pairs[key] for key in base), middle, *(pairs[key] for key in tiny)]
+    return [block for block in order if block]
+
+
+# ---- uni-arch ----
+
+
+def uni_arch(problem: Problem) -> Tensor:
+    """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
+    return close_lowest(train_code(problem), problem.macs, problem.cfg.budget)
+
+
+def train_code(problem: Problem) -> Tensor:
+    """Logits of one code after training on denoising, distillation and resource loss, (D,).
+
+    The steps are those of Eq. 15 with N = 1, where routing has nothing to choose, and without the
+    contrastive loss. One row a step goes to the run's `metrics.csv`.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    cfg = replace(problem.cfg, num_experts=1, lambda_cont=0.0)
+    assert cfg.out and cfg.lr and cfg.joint_steps
+    assert cfg.warmup_steps is not None and cfg.lr_warmup is not None
+    teacher, z = problem.teacher, problem.z
+    router = PromptRouter(z.shape[1], problem.space.size, 1, open_logit=cfg.open_logit)
+    router.to(teacher.device)
+    optimizer = torch.optim.AdamW([router.codes], lr=cfg.lr)
+    gates = attach_gates(teacher.unet, problem.space)
+    step_of = PruningStep(cfg, teacher, router, gates, problem.macs)
+    log = MetricsLog(cfg.out / "metrics.csv", list(TERMS), 0)
+    try:
+        bar = trange(cfg.warmup_steps + cfg.joint_steps, desc="uni-arch")
+        for step in bar:
+            draw = step_generator(cfg.seed, "uni-arch", step)
+            rows, batch = draw_batch(problem, step, draw)
+            terms = step_of(z[rows].to(teacher.device), batch, draw, warmup=False)
+            values = {name: terms[name].item() for name in TERMS}
+            if not math.isfinite(values["loss"]):
+                raise UserError(
+                    f"the loss of uni-arch became {values['loss']} at step {step}; try a lower --lr"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+            optimizer.step()
+            log.write(step, values)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+    finally:
+        gates.detach()
+        step_of.blocks.detach()
+        log.close()
+    return router.codes.detach()[0].cpu()
+
+
+METHODS: dict[str, Callable[[Problem], Tensor]] = {
+    "norm": norm,
+    "sp": sp,
+    "bksdm": bksdm,
+    "random": random,
+    "uni-arch": uni_arch,
+    "dense": dense,
+}

@@ -1,0 +1,479 @@
+"""Baselines: scores against brute force, budgets, BK-SDM's list against its published U-Nets."""
+
+import copy
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import LAYOUTS
+from diffusers import PNDMScheduler, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from torch import nn
+
+import baselines
+import losses
+import train
+from baselines import METHODS
+from gates import ArchSpace, gumbel_noise, gumbel_sigmoid
+from macs import measure_macs, skeleton
+from prune_unet import (
+    BlockRecorder,
+    attach_gates,
+    check_code,
+    cut_expert,
+    cut_in_place,
+    inside,
+    reader,
+)
+from runfolder import step_generator
+from teacher import ASSETS, Teacher, add_noise
+from unets import load_shape
+
+ROWS, STEPS = 24, 3
+SHARES = st.floats(0, 1)  # of the way from the smallest expert to the dense model
+
+
+@pytest.fixture(scope="module")
+def problem_of(make_inputs, tmp_path_factory):
+    """problem_of(unet, budget, depth, ...): noise as the target of a tiny teacher."""
+    prices = {}
+    out = tmp_path_factory.mktemp("run")
+
+    def make(unet, budget=0.7, depth="paper", **settings):
+        key = (id(unet), depth)
+        if key not in prices:
+            space = ArchSpace.from_unet(unet, depth)
+            prices[key] = unet, measure_macs(unet, space, latent_size=8, text_tokens=5)
+        macs = prices[key][1]
+        options = {"warmup_steps": 1, "joint_steps": STEPS - 1, "batch_size": 6, "lr": 0.1}
+        cfg = train.Config(**{"budget": budget, "lr_warmup": 2, "out": out, **options, **settings})
+        schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
+        teacher = Teacher("tiny", SimpleNamespace(unet=unet, scheduler=schedule), 1.0)
+        inputs = make_inputs(unet, ROWS, seed=3)
+        encoded = SimpleNamespace(latents=inputs["sample"], text=inputs["encoder_hidden_states"])
+        z = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0))
+        return train.Problem(cfg, teacher, macs.space, macs, None, None, None, z, encoded, 0.0)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tiny(unet):
+    """The layouts that are conditioned on text states alone."""
+    if unet.config.addition_embed_type:
+        pytest.skip("the teacher's batches hold text states alone")
+    return unet
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return UNet2DConditionModel.from_pretrained(ASSETS / "pocket" / "unet").eval()
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(**LAYOUTS["sd1"]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def sizes(unet: nn.Module, name: str) -> tuple[float, int]:
+    """L1 norm and number of the weights under a name."""
+    weights = [w.double() for key, w in unet.named_parameters() if key.startswith(name)]
+    return sum(w.abs().sum().item() for w in weights), sum(w.numel() for w in weights)
+
+
+# ---- budgets and codes ----
+
+
+def check_met(macs, code: torch.Tensor, budget: float, *, coarse: bool = False) -> None:
+    """At most the budget, and 1 % below it at most; or a unit, where `coarse` units cost more."""
+    used = macs(code).item() / macs.dense
+    unit = macs.unit_cost.max().item() / macs.dense
+    assert budget - max(0.01 * budget, coarse * unit) <= used <= budget + 1e-7
+
+
+@pytest.mark.parametrize("method", ["norm", "random", "bksdm"])
+@given(share=SHARES)
+@settings(max_examples=6)
+def test_codes_meet_the_budget_to_one_percent(problem_of, unet, method, share):
+    depth = baselines.DEPTHS.get(method, "paper")
+    macs = problem_of(unet, depth=depth).macs
+    floor = macs.floor / macs.dense
+    budget = min(1.0, floor * (1 + 1e-6) + share * (1 - floor))
+    code = METHODS[method](problem_of(unet, budget, depth))
+    assert code.shape == (1, macs.space.size) and code.dtype == torch.float32
+    check_met(macs, code, budget, coarse=method == "bksdm")
+    check_code(code[0], macs.space)  # it can be cut
+
+
+@pytest.mark.parametrize("method", ["sp", "uni-arch"])
+@pytest.mark.parametrize("budget", [0.85, 0.6])
+def test_codes_made_from_data_meet_the_budget(problem_of, tiny, monkeypatch, method, budget):
+    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
+    problem = problem_of(tiny, budget)
+    check_met(problem.macs, METHODS[method](problem), budget)
+
+
+@given(share=SHARES)
+@settings(max_examples=6)
+def test_the_pocket_teacher_meets_any_budget(problem_of, pocket, share):
+    for method in ("norm", "random", "bksdm"):
+        depth = baselines.DEPTHS.get(method, "paper")
+        macs = problem_of(pocket, depth=depth).macs
+        floor = macs.floor / macs.dense
+        budget = floor * (1 + 1e-6) + 0.999 * share * (1 - floor)
+        code = METHODS[method](problem_of(pocket, budget, depth))
+        check_met(macs, code, budget)
+
+
+def test_dense_is_ones_whatever_the_budget(problem_of, unet):
+    assert METHODS["dense"](problem_of(unet, 0.5)).eq(1).all()
+
+
+def test_random_is_a_function_of_the_seed(problem_of, unet):
+    codes = [METHODS["random"](problem_of(unet, seed=seed))[0] for seed in (0, 1, 2)]
+    assert torch.equal(codes[1], METHODS["random"](problem_of(unet, seed=1))[0])
+    for other in (codes[0], codes[2]):
+        assert 0.1 < (codes[1] != other).float().mean() < 0.9
+
+
+# ---- norm ----
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_norms_are_of_the_weights_that_vanish(unet, place):
+    """Cut one unit out of every layer: its norm is what the layer then lacks."""
+    space = ArchSpace.from_unet(unet, "none")
+    code = torch.ones(space.size)
+    for layer in space.layers:
+        code[layer.span][place % layer.units] = layer.units == 1
+    expert = cut_expert(unet, code, space)
+    for layer in space.layers:
+        norms = baselines.unit_norms(unet, layer)
+        assert norms.shape == (layer.units,)
+        if layer.units > 1:
+            gone = sizes(unet, layer.name + ".")[0] - sizes(expert, layer.name + ".")[0]
+            assert norms[place].item() == pytest.approx(gone, rel=1e-5)
+
+
+def test_norms_are_relative_to_a_layer_and_to_a_kind_of_layer(unet):
+    space = ArchSpace.from_unet(unet, "all")
+    scores = baselines.relative_norms(unet, space)
+    for layer in space.width_layers:
+        norms = baselines.unit_norms(unet, layer)
+        expected = norms * layer.units / norms.sum()
+        assert torch.allclose(scores[layer.span], expected, rtol=1e-5)
+    for kind in ("resnets", "attentions"):
+        layers = [layer for layer in space.depth_layers if f".{kind}." in layer.name]
+        of_layers = [sizes(unet, layer.name + ".") for layer in layers]
+        means = torch.tensor([norm / number for norm, number in of_layers])
+        found = scores[[layer.start for layer in layers]]
+        assert torch.allclose(found, means / means.mean(), rtol=1e-5)
+
+
+def test_no_unit_that_norm_closes_beats_one_of_its_layer_that_stays(problem_of, unet):
+    problem = problem_of(unet, 0.6)
+    code = METHODS["norm"](problem)[0]
+    scores = baselines.relative_norms(unet, problem.space)
+    closed_some = 0
+    for layer in problem.space.width_layers:
+        gates, values = code[layer.span], scores[layer.span]
+        if 0 < gates.sum() < layer.units:
+            closed_some += 1
+            assert values[gates == 0].max() <= values[gates == 1].min()
+    assert closed_some > 2
+
+
+# ---- sp ----
+
+
+def weight_sums(unet, space) -> torch.Tensor:
+    """Sum of w dL/dw over the weights that each gate scales, from the weights' own gradients."""
+    sums = torch.full((space.size,), torch.nan)
+    for layer in space.width_layers:
+        weight = reader(unet, layer)[0].weight
+        products = (weight * weight.grad).transpose(0, 1)  # a row an input channel
+        sums[layer.span] = products.reshape(layer.units, -1).sum(1)
+    for layer in space.depth_layers:
+        module = unet.get_submodule(layer.name)
+        is_resnet = layer.name.split(".")[-2] == "resnets"
+        if is_resnet and (module.conv_shortcut is not None or module.output_scale_factor != 1):
+            continue  # the branch is not all that the gate scales
+        last = module.conv2 if is_resnet else module.proj_out
+        sums[layer.start] = sum((w * w.grad).sum() for w in last.parameters())
+    return sums
+
+
+@pytest.mark.parametrize("least_loss", [0.05, 0.9])
+def test_taylor_importance_is_that_of_the_weights(problem_of, tiny, monkeypatch, least_loss):
+    """Gates' gradients against weights' gradients, a sample at a time, by interval and loss."""
+    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 2)
+    monkeypatch.setattr(baselines, "LEAST_LOSS", least_loss)
+    problem = problem_of(tiny, depth="all")
+    unet = copy.deepcopy(tiny).requires_grad_(True)
+    found: dict[int, list] = {}
+    for step in range(2):
+        draw = step_generator(problem.cfg.seed, "taylor", step)
+        _, batch = baselines.draw_batch(problem, step, draw)
+        for row in range(6):
+            part = batch.part(torch.tensor([row]))
+            unet.zero_grad()
+            loss = losses.denoising_loss(unet(**part.inputs()).sample, part.target).sum()
+            loss.backward()
+            change = weight_sums(unet, problem.space).abs()
+            found.setdefault(int(part.t) * 20 // 1000, []).append((loss.item(), change))
+    mean_losses = {i: sum(x for x, _ in pairs) / len(pairs) for i, pairs in found.items()}
+    counted = [i for i, x in mean_losses.items() if x > least_loss * max(mean_losses.values())]
+    assert least_loss < 0.5 or 0 < len(counted) < len(found)
+    expected = sum(torch.stack([g for _, g in found[i]]).mean(0) for i in counted)
+    scores = baselines.taylor_importance(problem)
+    known = ~expected.isnan()
+    assert known[: problem.macs.unit_cost.shape[0]].all()
+    assert known.sum() > problem.macs.unit_cost.shape[0]  # depth units among them
+    assert torch.allclose(scores[known], expected[known].detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_micro_batch_changes_nothing(problem_of, tiny, monkeypatch):
+    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 2)
+    whole = baselines.taylor_importance(problem_of(tiny))
+    parts = baselines.taylor_importance(problem_of(tiny, micro_batch=4))
+    assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-7)
+
+
+@torch.no_grad()
+def loss_changes(problem, size: float) -> torch.Tensor:
+    """Mean over samples of |loss without `size` of a unit - loss|, one unit at a time, (D,)."""
+    unet, D = problem.teacher.unet, problem.space.size
+    codes = torch.cat([torch.ones(1, D), torch.ones(D, D) - size * torch.eye(D)])  # dense first
+    gates = attach_gates(unet, problem.space)
+    _, batch = baselines.draw_batch(problem, 0, step_generator(problem.cfg.seed, "taylor", 0))
+    total = torch.zeros(D)
+    for row in range(6):
+        part = batch.part(torch.full((D + 1,), row))
+        gates.set_gates(codes)
+        loss = losses.denoising_loss(unet(**part.inputs()).sample.double(), part.target.double())
+        total += (loss[1:] - loss[0]).abs().float() / 6
+    gates.detach()
+    return total
+
+
+def test_taylor_importance_ranks_units_like_closing_them(problem_of, smallest, monkeypatch):
+    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
+    monkeypatch.setattr(baselines, "INTERVALS", 1)
+    problem = problem_of(smallest)
+    scores = baselines.taylor_importance(problem)
+    nearly = loss_changes(problem, 0.05)
+    assert spearmanr(scores, nearly).statistic > 0.95
+    assert torch.allclose(nearly / 0.05, scores, rtol=0.2, atol=0.1 * scores.max().item())
+    assert spearmanr(scores, loss_changes(problem, 1.0)).statistic > 0.8
+
+
+def test_units_that_do_nothing_are_closed_first(problem_of, tiny, monkeypatch):
+    """Where the budget is just what the other units cost, `sp` finds those exactly."""
+    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
+    unet = copy.deepcopy(tiny)
+    space = ArchSpace.from_unet(unet)
+    alive = torch.ones(space.size)
+    for layer in space.width_layers:
+        module, width = reader(unet, layer)
+        half = torch.arange(layer.units) % 2 == 1
+        alive[layer.span][half] = 0
+        module.weight[:, half.repeat_interleave(width // layer.units)] = 0
+    macs = problem_of(unet).macs
+    budget = macs(alive).item() / macs.dense
+    assert torch.equal(METHODS["sp"](problem_of(unet, budget))[0], alive)
+    kept = METHODS["norm"](problem_of(unet, budget))[0]
+    assert (kept == alive).float().mean() > 0.8  # dead columns are part of a unit's norm
+
+
+# ---- bksdm ----
+
+PAIR = ("resnets", "attentions")
+SD15_ORDER = [  # Base from the innermost stage outwards, Small, what Tiny adds
+    ["down_blocks.3.resnets.1"],
+    ["up_blocks.0.resnets.1"],
+    *[
+        [f"{side}_blocks.{stage}.{kind}.1" for kind in PAIR]
+        for side, stage in (("down", 2), ("up", 1), ("down", 1), ("up", 2), ("down", 0), ("up", 3))
+    ],
+    ["mid_block.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0"],
+    ["down_blocks.3.resnets.0"],
+    ["up_blocks.0.resnets.0"],
+    ["up_blocks.0.resnets.2"],
+]
+
+
+def published(unet: UNet2DConditionModel, size: str) -> UNet2DConditionModel:
+    """BK-SDM's U-Net as its authors configure it: a pair a stage less, and no middle in Small."""
+    change = {"layers_per_block": unet.config.layers_per_block - 1}
+    if size == "small":
+        change["mid_block_type"] = None
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config({**unet.config, **change}).eval()
+
+
+def in_teacher(name: str) -> str:
+    """A published U-Net's parameter in the dense one: of three pairs the first and last are left"""
+    for kind in PAIR:
+        side, _, rest = name.partition(f".{kind}.1.")
+        if side.startswith("up_blocks") and rest:
+            return f"{side}.{kind}.2.{rest}"
+    return name
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_the_order_of_removal(name):
+    space = ArchSpace.from_unet(load_shape(name), "all")
+    order = baselines.removal_order(space)
+    assert [sorted(block) for block in order] == [sorted(block) for block in SD15_ORDER]
+
+
+@pytest.mark.parametrize(("size", "blocks"), [("base", 8), ("small", 9)])
+def test_published_sizes_on_stable_diffusion(size, blocks):
+    """MACs and parameters are those of the authors' configurations."""
+    unet = load_shape("sd15")
+    macs = measure_macs(unet, ArchSpace.from_unet(unet, "all"), latent_size=64)
+    theirs = published(unet, size)
+    budget = measure_macs(theirs, latent_size=64).dense / macs.dense
+    removed, following = baselines.blocks_to_remove(macs, budget)
+    assert sorted(removed) == sorted(name for block in SD15_ORDER[:blocks] for name in block)
+    assert sorted(following) == sorted(SD15_ORDER[blocks])
+    code = torch.ones(macs.space.size)
+    code[[layer.start for layer in macs.space.depth_layers if layer.name in removed]] = 0
+    assert macs(code).item() == round(budget * macs.dense)
+    expert = skeleton(unet)
+    cut_in_place(expert, macs.space, code)
+    count = [sum(w.numel() for w in part.parameters()) for part in (expert, theirs)]
+    assert count[0] == count[1]
+    # a budget a little lower goes on to the next block, a little higher keeps the last one
+    assert baselines.blocks_to_remove(macs, budget - 1e-4) == (removed, following)
+    assert baselines.blocks_to_remove(macs, budget + 1e-4)[1] == SD15_ORDER[blocks - 1]
+
+
+@pytest.mark.parametrize("size", ["base", "small"])
+def test_at_a_published_size_the_expert_is_the_published_unet(
+    problem_of, pocket, make_inputs, size
+):
+    unet = published(pocket, size)
+    problem = problem_of(pocket, depth="all")
+    budget = measure_macs(unet, latent_size=8, text_tokens=5).dense / problem.macs.dense
+    code = METHODS["bksdm"](problem_of(pocket, budget, "all"))[0]
+    weights = pocket.state_dict()
+    unet.load_state_dict(
+        {name: weights[in_teacher(name)] for name in unet.state_dict()}, assign=True
+    )
+    draw = torch.Generator().manual_seed(0)
+    inputs = {
+        "sample": torch.randn(2, 8, 8, 8, generator=draw),
+        "timestep": torch.tensor([3, 700]),
+        "encoder_hidden_states": torch.randn(2, 5, 384, generator=draw),
+    }
+    with torch.no_grad():
+        expected = unet(**inputs).sample
+        found = cut_expert(pocket, code, problem.space)(**inputs).sample
+        dense = pocket(**inputs).sample
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, dense, atol=1e-2)
+
+
+@given(share=SHARES)
+@settings(max_examples=20)
+def test_blocks_go_in_order_and_the_next_one_is_thinned_first(problem_of, pocket, share):
+    problem = problem_of(pocket, 0.45 + 0.55 * share, "all")
+    code = METHODS["bksdm"](problem)[0]
+    gone = [layer.name for layer in problem.space.depth_layers if code[layer.start] == 0]
+    order = baselines.removal_order(problem.space)
+    count = sum(set(block) <= set(gone) for block in order)
+    assert sorted(gone) == sorted(name for block in order[:count] for name in block)
+    following = order[count] if count < len(order) else []
+    stump, elsewhere = code.clone(), 0.0  # the next block at its narrowest
+    for layer in problem.space.width_layers:
+        if inside(layer, following):
+            stump[layer.span] = 0
+            stump[layer.start] = 1
+        elif not inside(layer, gone):
+            closed = (code[layer.span] == 0).nonzero().flatten() + layer.start
+            for unit in closed.tolist():
+                opened = code.clone()
+                opened[unit] = 1
+                elsewhere = max(elsewhere, (problem.macs(opened) - problem.macs(code)).item())
+    if elsewhere:  # then no more is left of the next block than what fits beside such a unit
+        assert (problem.macs(code) - problem.macs(stump)).item() < elsewhere
+
+
+def test_bksdm_asks_for_a_space_that_names_its_blocks(problem_of, unet):
+    with pytest.raises(ValueError, match='depth "all"'):
+        METHODS["bksdm"](problem_of(unet, 0.7, "paper"))
+
+
+# ---- uni-arch ----
+
+
+def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest):
+    logits = [baselines.train_code(problem_of(smallest, seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    for module in smallest.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
+    """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
+    problem = problem_of(tiny, warmup_steps=0, joint_steps=1, lr_warmup=0, open_logit=0.5)
+    cfg, space = problem.cfg, problem.space
+    draw = step_generator(cfg.seed, "uni-arch", 0)
+    _, batch = baselines.draw_batch(problem, 0, draw)
+    gumbel_noise((6, space.size), generator=draw)  # of the predictor that is not used
+    code = torch.full((1, space.size), cfg.open_logit, requires_grad=True)
+    a = gumbel_sigmoid(code, cfg.gumbel_temp, generator=draw)
+    recorder, gates = BlockRecorder(tiny), attach_gates(tiny, space)
+    expected, blocks = tiny(**batch.inputs()).sample, recorder.take()
+    gates.set_gates(a)
+    output = tiny(**batch.inputs()).sample
+    gates.detach()
+    distillation = (output - expected).square().mean()
+    for ours, theirs in zip(recorder.take(), blocks, strict=True):
+        distillation = distillation + (ours - theirs).square().mean()
+    recorder.detach()
+    resource = (problem.macs(a)[0] / (cfg.budget * problem.macs.dense)).log().abs()
+    image = (output - batch.target).square().mean() + cfg.lambda_distill * distillation
+    (gradient,) = torch.autograd.grad(image + cfg.lambda_res * resource, code)
+    moved = baselines.train_code(problem) - cfg.open_logit * (1 - 0.01 * cfg.lr)  # weight decay
+    sure = gradient[0].abs() > 1e-5
+    assert sure.float().mean() > 0.8
+    assert torch.allclose(moved[sure], -cfg.lr * gradient[0, sure].sign(), rtol=1e-2)
+
+
+def test_uni_arch_lowers_its_loss(problem_of, smallest, tmp_path):
+    problem = problem_of(smallest, 0.6, joint_steps=39, out=tmp_path, lr_warmup=0)
+    code = METHODS["uni-arch"](problem)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert len(rows) == 40
+
+    def mean(part: list[dict[str, float]], key: str) -> float:
+        return sum(row[key] for row in part) / len(part)
+
+    assert mean(rows[-4:], "loss") < 0.8 * mean(rows[:4], "loss")
+    assert mean(rows[-4:], "macs_ratio") == pytest.approx(0.6, abs=0.1)
+    chance = [METHODS["random"](problem_of(smallest, 0.6, seed=seed)) for seed in range(6)]
+    assert distance(problem, code) < min(distance(problem, other) for other in chance)
+
+
+@torch.no_grad()
+def distance(problem, code) -> float:
+    """Mean squared difference to the teacher's output, under the gates of a code."""
+    unet, encoded = problem.teacher.unet, problem.encoded
+    batch = add_noise(problem.teacher, encoded.latents, encoded.text, step_generator(7, "distance"))
+    expected = unet(**batch.inputs()).sample
+    gates = attach_gates(unet, problem.space)
+    gates.set_gates(code)
+    found = unet(**batch.inputs()).sample
+    gates.detach()
+    return losses.per_sample_mse(found, expected).mean().item()
