@@ -19,6 +19,7 @@ demo: setup
 	$(RUN) train.py --out runs/emoji-0.78
 	$(RUN) finetune.py --run runs/emoji-0.78
 	$(RUN) sample.py --run runs/emoji-0.78 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.78/samples
+	$(RUN) evaluate.py --run runs/emoji-0.78
 
 test: setup
 	$(RUN) -m pytest -q

@@ -1,0 +1,216 @@
+"""Scoring a run and comparing methods: small runs end to end, tables against hand-made numbers."""
+
+import csv
+import dataclasses
+import math
+import statistics
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import comparison
+import drawings
+import evaluate
+import finetune
+import train
+from data import load_target
+from macs import measure_macs
+from prune_unet import load_expert
+from runfolder import UserError, load_tensors, read_json, write_json
+from sample import APTPPipeline
+
+SMALL = evaluate.Config(
+    methods="dense,random",
+    budget=0.7,
+    num_experts=2,
+    limit=24,
+    images=4,
+    steps=2,
+    finetune_steps=1,
+    warmup_steps=1,
+    joint_steps=1,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of two methods that need no training."""
+    folder = tmp_path_factory.mktemp("compare")
+    evaluate.evaluate(dataclasses.replace(SMALL, out=folder))
+    return folder
+
+
+def test_every_cell_is_an_ordinary_run_at_the_budget(compared):
+    assert sorted(path.name for path in compared.iterdir() if path.is_dir()) == [
+        "dense-0",
+        "dense-0@2",
+        "random-0",
+        "random-0@2",
+    ]
+    pipeline = APTPPipeline.from_pretrained(compared / "random-0@2", "cpu")
+    summary = read_json(compared / "random-0@2" / "summary.json")
+    assert summary["method"] == "random" and summary["num_experts"] == 1
+    assert 0.7 * 0.99 <= summary["macs_ratio_mean"] <= 0.7
+    assert pipeline.route(["a giraffe", "a bus"]) == [0, 0]
+    _, meta = load_expert(finetune.expert_path(pipeline.run, 0))
+    assert meta["settings"]["steps"] == 2  # as many as both of APTP's experts together
+    dense = APTPPipeline.from_pretrained(compared / "dense-0@2", "cpu")
+    codes = finetune.load_codes(dense.run, dense.space)
+    assert codes.shape[0] == 1 and codes.min() == 1
+    assert not dense.is_finetuned(0)
+    weights = dense.teacher.unet.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in dense.unet(0).state_dict().items())
+
+
+def test_the_dense_cell_draws_what_the_teacher_draws(compared):
+    run = compared / "dense-0@2"
+    pipeline = APTPPipeline.from_pretrained(run, "cpu")
+    data = load_target("emoji", "validation")
+    cfg = dataclasses.replace(SMALL, images=2)
+    routed = drawings.draw(pipeline, data, "validation", [0, 1], cfg, None)
+    teacher = drawings.draw(pipeline, data, "validation", [0, 1], cfg, -1)
+    difference = routed.images([0, 1]) - teacher.images([0, 1])
+    assert difference.abs().max() < 1.5 / 127.5  # one level of a colour, from rounding
+
+
+def test_tables_hold_the_cells_scores(compared):
+    cells = read_json(compared / "metrics.json")["cells"]
+    assert {(cell["method"], cell["split"]) for cell in cells} == {
+        (method, split) for method in ("dense", "random") for split in ("train", "validation")
+    }
+    for cell in cells:
+        own = read_json(compared / f"{cell['method']}-0@2" / "report" / "metrics.json")["rows"]
+        match = [
+            row for row in own if (row["method"], row["split"]) == (cell["method"], cell["split"])
+        ]
+        assert match[0]["frechet"] == cell["frechet"] and cell["steps_in_all"] == 2
+        assert 0 <= cell["r1"] <= cell["r5"] <= 1
+    text = (compared / "tables.md").read_text(encoding="utf-8")
+    assert "Table 1" in text and "| dense |" in text and "nan" not in text
+    with (compared / "tables.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and {row["table"] for row in rows} == {"Table 1"}
+
+
+def test_what_is_done_is_not_done_again(compared, monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("it was done before")
+
+    monkeypatch.setattr(APTPPipeline, "__call__", fail)
+    monkeypatch.setattr(finetune, "finetuning_step", fail)
+    before = (compared / "tables.md").read_bytes()
+    evaluate.evaluate(dataclasses.replace(SMALL, out=compared))
+    assert (compared / "tables.md").read_bytes() == before
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        for name, value in attrs:
+            assert name not in ("src", "href") or value.startswith(("data:", "#")), (tag, value)
+
+
+def test_a_run_with_experts_is_scored_and_reported(tmp_path):
+    run = tmp_path / "run"
+    cfg = train.Config(
+        budget=0.7, num_experts=2, warmup_steps=1, joint_steps=1, batch_size=4, limit=24, out=run
+    )
+    train.train(dataclasses.replace(cfg, device="cpu"))
+    scored = evaluate.score(dataclasses.replace(SMALL, methods=None), run)
+    assert scored == read_json(run / "report" / "metrics.json")
+    rows = {(row["method"], row["split"]): row for row in scored["rows"]}
+    assert {method for method, _ in rows} == {"aptp", "dense", "autoencoder"}
+    for split in ("train", "validation"):
+        assert rows["dense", split]["macs_ratio"] == 1
+        assert rows["aptp", split]["macs_ratio"] < 1 and rows["aptp", split]["images"] == 4
+        assert rows["autoencoder", split]["frechet"] >= 0
+    assert [entry["split"] for entry in scored["nmi"]] == ["train", "validation"]
+    page = run / "report" / "report.html"
+    Tags().feed(page.read_text(encoding="utf-8"))
+    assert len(list((run / "report").glob("*.png"))) >= 6
+    # another expert, other pictures
+    pipeline = APTPPipeline.from_pretrained(run, "cpu")
+    old = drawings.identity(pipeline, SMALL, None)
+    finetune.finetune(finetune.Config(run=run, steps=1, batch_size=4, device="cpu"))
+    assert drawings.identity(pipeline, SMALL, None) != old
+    assert drawings.identity(pipeline, SMALL, -1) == drawings.identity(pipeline, SMALL, -1)
+    other = dataclasses.replace(SMALL, seed=1)
+    assert drawings.identity(pipeline, other, -1) != drawings.identity(pipeline, SMALL, -1)
+
+
+def test_every_drawing_has_a_seed_of_its_own():
+    seeds = {drawings.image_seed(seed, row) for seed in range(3) for row in range(500)}
+    assert len(seeds) == 1500
+    assert drawings.image_seed(1, 7) == drawings.image_seed(1, 7)
+
+
+def cell(method: str, seed: int, **scores: float) -> dict:
+    return {"method": method, "split": "validation", "seed": seed, "steps_in_all": 8, **scores}
+
+
+def test_means_and_deviations_are_over_seeds():
+    rows = [cell("norm", 0, r1=0.5), cell("norm", 1, r1=0.7), cell("norm", 2, r1=0.9)]
+    (line,) = comparison.aggregate([*rows])
+    assert line["r1"] == pytest.approx(0.7) and line["seeds"] == 3
+    assert line["r1_std"] == pytest.approx(statistics.stdev([0.5, 0.7, 0.9]))
+    (single,) = comparison.aggregate(rows[:1])
+    assert single["r1"] == 0.5 and math.isnan(single["r1_std"])
+    assert "| 0.700 ± 0.200 |" in comparison.markdown("T", [line])
+    assert "| 0.500 |" in comparison.markdown("T", [single])
+
+
+def test_tables_3_and_5_come_with_their_cells(tmp_path):
+    def make(method: str, steps: int, r1: float) -> None:
+        run = tmp_path / f"{method}-0@{steps}"
+        experts = 2 if method in comparison.APTP else 1
+        write_json(run / "summary.json", {"num_experts": experts})
+        row = {"method": method, "split": "validation", "r1": r1, "frechet": 1.0}
+        write_json(
+            run / "report" / "metrics.json", {"rows": [row, row | {"method": "autoencoder"}]}
+        )
+
+    make("uni-arch", 100, 0.4)
+    make("aptp", 50, 0.6)
+    comparison.write_tables(tmp_path)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "Table 3" not in text and "Table 5" not in text and "autoencoder" not in text
+    make("contrastive", 50, 0.3)
+    make("aptp", 100, 0.7)
+    comparison.write_tables(tmp_path)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    third = text[text.index("Table 3") : text.index("Table 5")]
+    names = [line.split("|")[1].strip() for line in third.splitlines()[4:] if "|" in line]
+    assert names[:2] == ["uni-arch", "contrastive"] and set(names) == {
+        "uni-arch",
+        "contrastive",
+        "aptp",
+    }
+
+
+def test_nonsense_is_refused_in_one_line(tmp_path):
+    for options, words in (
+        ({"methods": "aptp,magic"}, "magic is unknown"),
+        ({"methods": " , "}, "names none"),
+        ({"images": 1}, "--images 1"),
+        ({"metrics": "vibes"}, "vibes is unknown"),
+        ({"methods": None, "run": tmp_path / "gone"}, "gone does not exist"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            evaluate.evaluate(dataclasses.replace(SMALL, **options))
+        assert "\n" not in str(refused.value)
+
+
+def test_bksdm_runs_in_its_own_space(compared, tmp_path):
+    cfg = train.Config(budget=0.7, limit=24, batch_size=8, out=tmp_path / "bksdm", device="cpu")
+    comparison.prune("bksdm", cfg)
+    tensors, meta = load_tensors(tmp_path / "bksdm" / "codes.safetensors")
+    pipeline = APTPPipeline.from_pretrained(tmp_path / "bksdm", "cpu")
+    assert meta["depth"] == "all" and pipeline.space.depth == "all"
+    macs = measure_macs(pipeline.teacher.unet, pipeline.space, latent_size=8, text_tokens=20)
+    ratio = macs(tensors["codes"]).item() / macs.dense
+    assert 0.7 * 0.99 <= ratio <= 0.7 + 1e-9
