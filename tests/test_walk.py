@@ -1,0 +1,120 @@
+"""The way of a user with COCO and a teacher of their own, command by command, on small data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_data import write
+
+from data import load_target
+from runfolder import read_json
+from teacher import load_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {
+    "num-experts": 2,
+    "warmup-steps": 1,
+    "joint-steps": 2,
+    "batch-size": 6,
+    "micro-batch": 4,
+    "lr": 0.05,
+    "prompt-encoder": "minilm",
+}
+
+
+def small_coco(folder: Path) -> None:
+    """COCO 2014's layout, of emoji: not square, larger than the teacher's 64 px, two captions each,
+    one image damaged and one missing.
+    """
+    for split, year in (("train", "train2014"), ("validation", "val2014")):
+        emoji = load_target("emoji", split, limit=10)
+        (folder / year).mkdir(parents=True)
+        images, notes = [], []
+        for k, caption in enumerate(emoji.captions):
+            name = f"COCO_{year}_{k:012d}.jpg"
+            picture = Image.fromarray(emoji.read(k)).resize((96, 80))
+            picture.save(folder / year / name, quality=95)
+            images.append({"id": 500 + k, "file_name": name, "width": 96, "height": 80})
+            notes += [
+                {"id": 2 * k + j, "image_id": 500 + k, "caption": text}
+                for j, text in enumerate((caption, f"A picture of {caption}."))
+            ]
+        if split == "train":
+            write(folder / year / "COCO_train2014_000000000003.jpg", b"\xff\xd8\xff not a JPEG")
+            (folder / year / "COCO_train2014_000000000007.jpg").unlink()
+        content = json.dumps({"images": images, "annotations": notes})
+        write(folder / "annotations" / f"captions_{year}.json", content)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("walk")
+    small_coco(folder / "coco")
+    load_teacher("pocket").pipe.save_pretrained(folder / "teacher")
+    return folder
+
+
+def command(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_prune_finetune_draw_and_score_on_coco(place):
+    run = place / "run"
+    where = ("--data-dir", place / "coco", "--teacher", place / "teacher", "--device", "cpu")
+    short = [f"--{name}={value}" for name, value in SHORT.items()]
+    steps = (
+        ("train.py", "--target", "coco", "--budget", 0.78, *where, *short, "--out", run),
+        ("finetune.py", "--run", run, "--steps", 1, "--batch-size", 3, "--device", "cpu"),
+        ("sample.py", "a giraffe", "--run", run, "--steps", 2, "--device", "cpu"),
+        ("evaluate.py", "--run", run, "--images", 4, "--steps", 2, "--device", "cpu"),
+    )
+    outputs = {}
+    for step in steps:
+        done = command(place, *step)
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs[step[0]] = done.stdout + done.stderr
+    summary = read_json(run / "summary.json")
+    assert summary["target"] == "coco" and summary["teacher"] == str(place / "teacher")
+    assert 0.78 * 0.99 <= summary["macs_ratio_mean"] <= 0.78 + 1e-6
+    # 10 images of two captions; the missing one has no rows, the damaged one keeps its own
+    assert len(read_json(run / "assignments.json")["train"]) == 18
+    assert "1 unreadable image skipped" in outputs["train.py"]
+    with Image.open(run / "samples" / "a-giraffe-0.png") as image:
+        assert image.size == (64, 64)
+    rows = read_json(run / "report" / "metrics.json")["rows"]
+    scores = {(row["method"], row["split"]): row for row in rows}
+    assert scores["aptp", "validation"]["frechet"] > 0 and "r1" not in scores["aptp", "validation"]
+    assert (run / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--target", "coco"), ("--data-dir", "data.py coco --download", "emoji needs nothing")),
+        (("--target", "coco", "--data-dir", "gone"), ("gone", "--download", "emoji")),
+        (("--target", "coco", "--data-dir", "{coco}"), ("sd2-community", "hf download")),
+        (("--preset", "coco-huge"), ("coco-huge", "coco-base")),
+        (("--precision", "int4"), ("int4", "bf16")),
+        (("--resolution", "60"), ("60",)),
+        (("--prompt-encoder", "gone/encoder"), ("gone/encoder", "minilm")),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(place, arguments, words):
+    arguments = [word.replace("{coco}", str(place / "coco")) for word in arguments]
+    done = command(place, "train.py", *arguments, "--device", "cpu", "--out", place / "none")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (place / "none").exists()
+
+
+def test_the_plan_of_a_preset_needs_neither_weights_nor_data(place):
+    done = command(place, "train.py", "--preset", "coco-base", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    # 3 forwards x 1024 images x 3000 steps x 90.55 GMACs x 2 / 125 TFLOP/s, and so on
+    assert "834.5 P in all" in done.stdout and "3.7 hours" in done.stdout
+    assert "41.3 hours" in done.stdout and "8 experts" in done.stdout
