@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
-from data import CaptionedImages, captions_of, list_emoji, load_target, spread
+from data import CaptionedImages, load_target, spread
+from emoji import captions_of, list_emoji
 from runfolder import (
     MetricsLog,
     UserError,
@@ -41,7 +42,7 @@ from runfolder import (
 )
 from teacher import ASSETS, Teacher, pocket_pipeline
 
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": (16, 32, 64, 128),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -83,7 +84,7 @@ class Config:
     """Folder of the training's state."""
     assets: Path = ASSETS / "pocket"
     """Folder that the finished teacher is written to."""
-    vae_steps: int = 5200
+    vae_steps: int = 9000
     """Training steps of the autoencoder."""
     vae_batch_size: int = 16
     """Images a step of the autoencoder."""
@@ -174,6 +175,20 @@ class Training:
 # ---- the autoencoder ----
 
 
+def augment(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Images (B, 3, H, H), mirrored, turned and with their colours exchanged, each one or not.
+
+    The autoencoder need not know what is shown, and 3,474 drawings are few: without this it is 2 dB
+    better on drawings that it has seen.
+    """
+    turned = []
+    for image in images:
+        mirror, turn = (int(torch.randint(n, (), generator=draw)) for n in (2, 4))
+        image = image[torch.randperm(3, generator=draw)].rot90(turn, (1, 2))
+        turned.append(image.flip(2) if mirror else image)
+    return torch.stack(turned)
+
+
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     """Horizontal and vertical finite differences of images (B, 3, H, W)."""
     return images.diff(dim=-1), images.diff(dim=-2)
@@ -215,8 +230,9 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderKL:
     )
     for step in bar if not cfg.export else []:
         rows = batch_rows(len(data), cfg.vae_batch_size, cfg.seed, step)
-        images = data.images(rows).to(memory_format=torch.channels_last)
-        losses = vae_loss(training.model, images, step_generator(cfg.seed, "vae", step), cfg)
+        draw = step_generator(cfg.seed, "vae", step)
+        images = augment(data.images(rows), draw).to(memory_format=torch.channels_last)
+        losses = vae_loss(training.model, images, draw, cfg)
         training.update(losses["loss"], learning_rate(step, cfg.vae_steps, cfg.vae_lr), len(rows))
         log.write(step, {name: losses[name].item() for name in columns})
         bar.set_postfix({name: f"{losses[name].item():.4f}" for name in columns}, refresh=False)

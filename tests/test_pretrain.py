@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import pretrain
 from data import load_target
+from pipelines import load_pocket
 from runfolder import load_tensors
-from teacher import load_pocket
 
 TINY = pretrain.Config(
     vae_steps=3, vae_batch_size=2, unet_steps=3, unet_batch_size=4, save_every=1, limit=12
@@ -42,8 +42,8 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
         assert whole[1] == stopped[1]
         assert whole[1]["step"] == 3
         assert all(torch.equal(whole[0][key], stopped[0][key]) for key in whole[0])
-    teacher = load_pocket(tmp_path / "stopped-assets")
-    assert teacher.encode_text(["a giraffe"]).shape == (1, teacher.text_tokens, 384)
+    pipe, _ = load_pocket(tmp_path / "stopped-assets")
+    assert pipe(["a giraffe"], num_inference_steps=1).images[0].size == (64, 64)
 
 
 def test_standardising_changes_latents_but_not_reconstructions():
@@ -57,8 +57,9 @@ def test_standardising_changes_latents_but_not_reconstructions():
         pretrain.standardise_latents(vae, data, images=32)
         after = vae.encode(images).latent_dist
         assert torch.allclose(vae.decode(after.mean[:4]).sample, picture, atol=1e-4)
-    assert torch.allclose(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4)
-    assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-3)
+    ones = torch.ones(pretrain.LATENT_CHANNELS)
+    assert torch.allclose(after.mean.mean((0, 2, 3)), 0 * ones, atol=1e-4)
+    assert torch.allclose(after.mean.std((0, 2, 3)), ones, atol=1e-3)
     # the posterior keeps its shape: its deviation shrinks as its mean does
     scale = before.mean.std((0, 2, 3))[None, :, None, None]
     assert torch.allclose(after.std * scale, before.std, rtol=1e-3)
