@@ -1,6 +1,8 @@
 """What the method adds to a training step, and its transport against POT's. `make bench`.
 
 `--bench-unet pocket` tries the code in seconds; the figures to quote are those of SD 2.1's shape.
+How the step grows with experts and prompts is shown on the pocket teacher's shape, whose batches
+are large enough to have 64 experts in them; beside a larger U-Net the router weighs less.
 """
 
 from types import SimpleNamespace
@@ -11,31 +13,39 @@ import pytest
 import torch
 
 import losses
+from bench.costs import TEXT_TOKENS, with_random_weights
 from macs import example_inputs, measure_macs, skeleton
 from prune_unet import BlockRecorder, attach_gates
+from pruning_step import PruningStep
 from router import PromptRouter
 from sinkhorn import sinkhorn
 from teacher import Noised
-from train import Config, PruningStep
+from train import Config
+from unets import PIXELS, load_shape
 
 BATCH = 2
 EXPERTS = 8
 PROMPT_DIM = 768  # all-mpnet-base-v2
+PROMPTS = 64  # a step on the pocket teacher's shape
+
+
+def noised(unet, size, latent_size, tokens, device):
+    """A noised batch. The values do not matter to the clock, as long as they are ordinary."""
+    one = example_inputs(unet, latent_size, tokens, device)
+    draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    sample = torch.randn(size, *one["sample"].shape[1:], **draw)
+    text = torch.randn(size, *one["encoder_hidden_states"].shape[1:], **draw)
+    t = torch.randint(1000, (size,), **draw)
+    return Noised(sample, t, text, torch.randn(sample.shape, **draw))
 
 
 @pytest.fixture(scope="module")
 def batch(unet, request, device):
-    """A noised batch. The values do not matter to the clock, as long as they are ordinary."""
+    """At the paper's training resolution, unless the user chooses."""
     if unet.config.addition_embed_type:
         pytest.skip("a pruning step is conditioned on text states alone")
-    latent_size = request.config.getoption("--bench-pixels") // 8
-    one = example_inputs(unet, latent_size, 77, device)
-    draw = torch.Generator(device).manual_seed(0)
-    size = {"generator": draw, "device": device}
-    sample = torch.randn(BATCH, *one["sample"].shape[1:], **size)
-    text = torch.randn(BATCH, *one["encoder_hidden_states"].shape[1:], **size)
-    t = torch.randint(1000, (BATCH,), **size)
-    return Noised(sample, t, text, torch.randn(sample.shape, **size))
+    pixels = request.config.getoption("--bench-pixels") or 256
+    return noised(unet, BATCH, pixels // PIXELS, TEXT_TOKENS, device)
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +64,41 @@ def test_forward_with_open_gates(compare, unet, stock, batch, request):
         with torch.no_grad():
             return model(**batch.inputs()).sample
 
-    rounds = request.config.getoption("--bench-rounds")
-    compare(lambda: forward(unet), lambda: forward(stock), target=1.05, rounds=rounds)
+    compare(
+        "forward with open gates / stock U-Net",
+        lambda: forward(unet),
+        lambda: forward(stock),
+        target=1.05,
+        rounds=request.config.getoption("--bench-rounds"),
+    )
     gates.detach()
+
+
+def stepper(unet, num_experts, batch):
+    """stepper(...)(): one pruning step on `batch`, forward and backward. And its gates."""
+    latent_size, tokens = batch.sample.shape[-1], batch.text.shape[1]
+    gates = attach_gates(unet)
+    macs = measure_macs(unet, gates.space, latent_size=latent_size, text_tokens=tokens)
+    router = PromptRouter(PROMPT_DIM, gates.space.size, num_experts).to(batch.sample.device)
+    cfg = Config(num_experts=num_experts)
+    step = PruningStep(cfg, SimpleNamespace(unet=unet), router, gates, macs)
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(len(batch.sample), PROMPT_DIM, generator=draw).to(batch.sample.device)
+
+    def pruning():
+        router.zero_grad()
+        step(z, batch, torch.Generator().manual_seed(0), warmup=False)["loss"].backward()
+
+    return pruning, step
 
 
 def test_pruning_step(compare, unet, stock, batch, request):
     """Eq. 15 forward and backward, against the same two forwards and image losses without gates."""
-    device, latent_size = batch.sample.device, batch.sample.shape[-1]
-    gates = attach_gates(unet)
-    macs = measure_macs(unet, gates.space, latent_size=latent_size)
-    router = PromptRouter(PROMPT_DIM, gates.space.size, EXPERTS).to(device)
-    cfg = Config(num_experts=EXPERTS)
-    step = PruningStep(cfg, SimpleNamespace(unet=unet), router, gates, macs)
-    z = torch.randn(BATCH, PROMPT_DIM, device=device)
-
-    def pruning() -> None:
-        router.zero_grad()
-        step(z, batch, torch.Generator().manual_seed(0), warmup=False)["loss"].backward()
-
+    pruning, step = stepper(unet, EXPERTS, batch)
     recorder = BlockRecorder(stock)
     sample = batch.sample.clone().requires_grad_()  # so that backward runs through every activation
 
-    def dense() -> None:
+    def dense():
         sample.grad = None
         with torch.no_grad():
             teacher_output = stock(**batch.inputs()).sample
@@ -85,12 +107,54 @@ def test_pruning_step(compare, unet, stock, batch, request):
         blocks = recorder.take()
         denoising = losses.denoising_loss(output, batch.target)
         distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
-        (denoising + cfg.lambda_distill * distillation).mean().backward()
+        (denoising + step.cfg.lambda_distill * distillation).mean().backward()
 
-    compare(pruning, dense, target=1.10, rounds=request.config.getoption("--bench-rounds"))
-    gates.detach()
+    compare(
+        "pruning step / dense step",
+        pruning,
+        dense,
+        target=1.10,
+        rounds=request.config.getoption("--bench-rounds"),
+    )
+    step.gates.detach()
     step.blocks.detach()
     recorder.detach()
+
+
+@pytest.fixture(scope="module")
+def pocket_step(device):
+    """pocket_step(num_experts, prompts): a step on a U-Net of the pocket teacher's shape."""
+    shape = load_shape("pocket")
+
+    def make(num_experts, prompts):
+        batch = noised(shape, prompts, shape.config.sample_size, 20, device)
+        return stepper(with_random_weights(shape, device), num_experts, batch)[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("num_experts", "target"), [(8, None), (64, 1.1)])
+def test_step_with_more_experts(compare, pocket_step, num_experts, target, request):
+    compare(
+        f"pruning step with {num_experts} experts / with 2, pocket shape, {PROMPTS} prompts",
+        pocket_step(num_experts, PROMPTS),
+        pocket_step(2, PROMPTS),
+        target=target,
+        rounds=request.config.getoption("--bench-rounds"),
+    )
+
+
+@pytest.mark.parametrize("fewer", [8, 32])
+def test_step_with_more_prompts(compare, pocket_step, fewer, request):
+    """A step's cost should grow as its prompts do, or more slowly."""
+    compare(
+        f"pruning step of {PROMPTS} prompts / {PROMPTS // fewer} times one of {fewer}, pocket",
+        pocket_step(EXPERTS, PROMPTS),
+        pocket_step(EXPERTS, fewer),
+        scale=PROMPTS / fewer,
+        target=None,
+        rounds=request.config.getoption("--bench-rounds"),
+    )
 
 
 def test_sinkhorn_against_pot(compare):
@@ -103,4 +167,10 @@ def test_sinkhorn_against_pot(compare):
         return ot.sinkhorn(columns, rows, cost.T, eps, numItermax=iterations, warn=False)
 
     assert np.allclose(sinkhorn(scores, eps, iterations), pot().T, rtol=1e-4, atol=1e-12)
-    compare(lambda: sinkhorn(scores, eps, iterations), pot, target=1.0, rounds=300)
+    compare(
+        "sinkhorn / POT, 16 experts, 1024 prompts",
+        lambda: sinkhorn(scores, eps, iterations),
+        pot,
+        target=1.0,
+        rounds=300,
+    )
