@@ -32,12 +32,13 @@ from torch import Tensor
 import finetune
 import metrics
 import train
+from analysis import Routed
 from cache import kept_rows, rows_key
 from comparison import aggregate, compare, markdown, parse_methods
 from data import CaptionedImages, load_target, spread
 from drawings import Drawn, draw
 from features import Rows, extract, load_extractor
-from figures import Routed, Sample
+from figures import Sample
 from finetune import load_codes
 from macs import measure_macs
 from metrics import EMBEDDED_SIGMA

@@ -1,40 +1,30 @@
-"""Figures and analysis of a finished run: Sec. 4.2, App. E.4.
+"""Figures of a finished run: Sec. 4.2, App. E.4.
 
-`report.py` puts them on one page.
-
-| figure or table of the paper | name here |
+| figure of the paper | name here |
 |---|---|
-| Tables 2, 4: frequent words per expert | `words_table` (words: `results.py`) |
 | Fig. 8: losses with and without transport | `loss_curves` |
-| Fig. 9: assignment of a batch | `last_batch`, `assignment_map` |
+| Fig. 9: assignment of a batch | `assignment_map` |
 | Fig. 10: samples per expert | `usage_bars` |
-| Figs. 11-12: retained MACs per block | `retained`, `retained_heatmap` |
+| Figs. 11-12: retained MACs per block | `retained_heatmap` |
 | Figs. 13-14: samples per expert | `sample_grid` |
 | - : one prompt through every expert | `through_every_expert` |
-| - : MACs ratio by group of prompts | `group_costs`, `difficulty` |
+| - : MACs ratio by group of prompts | `difficulty` |
 
 Experts keep the run's numbers and stand in the order of their MACs ratio; darker is more MACs. A
-figure function takes data and gives a matplotlib `Figure`; `report.py` does the rest.
-
-Departures from the paper:
-- Figs. 11-12 show each block's share of *prunable* MACs: what no code can change (a ResBlock's
-  shortcut, a Transformer's projections) would hide how hard a block was pruned.
+figure function takes data (`analysis.py`) and gives a matplotlib `Figure`; `report.py` puts them on
+one page.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -42,12 +32,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from macs import MacsModel
-from results import frequent_words
-from router import PromptEncoder, PromptRouter
-from runfolder import UserError, batch_rows, load_tensors, read_json
+from analysis import Routed, clip, expert_order, group_costs, shares
 
 COLOURS = matplotlib.colormaps["cividis_r"]  # even steps, also to the colour-blind; dark is much
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # of Okabe and Ito
@@ -62,152 +48,6 @@ class Sample(NamedTuple):
     macs_ratio: float
     image: Image.Image
     teacher: Image.Image | None = None
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The prompts of one split, each with its group ("" for none) and its expert at test time."""
-
-    captions: Sequence[str]
-    groups: Sequence[str]
-    experts: Sequence[int]
-
-
-# ---- analysis ----
-
-
-def expert_order(ratios: Sequence[float]) -> list[int]:
-    """Numbers of the experts from the fewest MACs to the most."""
-    return sorted(range(len(ratios)), key=lambda i: (ratios[i], i))
-
-
-def shares(experts: Sequence[int], num_experts: int) -> np.ndarray:
-    """Share of the prompts that each expert gets, (N,); zeros where there are no prompts."""
-    counts = np.bincount(np.asarray(experts, int), minlength=num_experts)
-    return counts / max(1, len(experts))
-
-
-def perplexity(share: np.ndarray) -> float:
-    """How many experts, used evenly, would be as diverse: exp of the shares' entropy."""
-    used = share[share > 0]
-    return float(np.exp(-(used * np.log(used)).sum()))
-
-
-def words_table(train: Routed, validation: Routed, ratios: Sequence[float]) -> list[dict[str, Any]]:
-    """Tables 2 and 4 as rows: what each expert costs, how many prompts it gets, and which.
-
-    Args:
-        ratios: MACs ratio of each expert, (N,).
-    """
-    usage = {"training": shares(train.experts, len(ratios))}
-    usage["validation"] = shares(validation.experts, len(ratios))
-    rows = []
-    for i in expert_order(ratios):
-        captions = [c for c, e in zip(train.captions, train.experts, strict=True) if e == i]
-        words = [clip(word, 30) for word in frequent_words(captions, train.captions)]
-        examples = [captions[len(captions) * k // 4] for k in (1, 3)] if captions else []
-        rows.append(
-            {
-                "expert": i,
-                "MACs ratio": f"{ratios[i]:.3f}",
-                **{f"of {split}": f"{share[i]:.1%}" for split, share in usage.items()},
-                "frequent words": ", ".join(words),
-                "two of its prompts": " / ".join(clip(c, 60) for c in dict.fromkeys(examples)),
-            }
-        )
-    return rows
-
-
-class GroupCost(NamedTuple):
-    """How many MACs the prompts of a group get."""
-
-    group: str
-    prompts: int
-    mean: float  # MACs ratio
-    error: float  # standard error of the mean; nan for a single prompt
-
-
-def group_costs(routed: Routed, ratios: Sequence[float]) -> list[GroupCost]:
-    """The groups, from the most MACs to the fewest: which prompts does the router find hard?"""
-    costs = np.asarray(ratios)[np.asarray(routed.experts, int)]  # (rows,)
-    groups = np.asarray(routed.groups, object)
-    rows = []
-    for group in sorted(set(routed.groups)):
-        own = costs[groups == group]
-        error = own.std(ddof=1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
-        rows.append(GroupCost(group, len(own), float(own.mean()), float(error)))
-    return sorted(rows, key=lambda row: -row.mean)
-
-
-def retained(codes: Tensor, macs: MacsModel) -> tuple[list[str], np.ndarray]:
-    """Share of each block's prunable MACs that each expert keeps.
-
-    A block is a ResBlock or a Transformer; prunable is what goes if all of its units are closed.
-
-    Args:
-        codes: gates, (N, D).
-
-    Returns:
-        Names of the blocks in the order of computation, and the shares, (blocks, N), in [0, 1]. A
-        block has 0 where it is removed whole, and only there.
-    """
-    blocks: dict[str, list[slice]] = {}
-    for layer in macs.space.layers:
-        inside = re.match(r".*?\.(resnets|attentions)\.\d+", layer.name)
-        blocks.setdefault(inside.group() if inside else layer.name, []).append(layer.span)
-
-    def place(name: str) -> tuple[int, int, int, bool]:
-        level, *rest = name.split(".")
-        numbers = [int(part) for part in rest if part.isdigit()]
-        stage = ("down_blocks", "mid_block", "up_blocks").index(level)
-        return stage, numbers[0] if stage != 1 else 0, numbers[-1], "attentions" in rest
-
-    names = sorted(blocks, key=place)
-    kept = np.empty((len(names), len(codes)))
-    for row, name in enumerate(names):
-        pruned, gone = torch.ones(codes.shape), torch.ones(macs.space.size)
-        for span in blocks[name]:
-            pruned[:, span], gone[span] = codes[:, span].to(pruned), 0
-        kept[row] = (macs(pruned) - macs(gone)) / (macs.dense - macs(gone))
-    return names, kept
-
-
-def read_log(path: Path) -> dict[str, np.ndarray]:
-    """A metrics.csv as column -> values, (steps,). Raises `UserError` where it holds none."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, IndexError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is missing, empty or damaged: name the folder of a finished run"
-        ) from None
-
-
-def last_batch(run: Path, captions: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The last training batch of a run: its rows, (B,), and their experts by transport (Eq. 20).
-
-    Args:
-        captions: of all training rows.
-    """
-    config = read_json(run / "config.json")
-    step = config["warmup_steps"] + config["joint_steps"] - 1
-    rows = batch_rows(len(captions), config["batch_size"], config["seed"], step).tolist()
-    tensors, settings = load_tensors(run / "router.safetensors")
-    encoder = PromptEncoder(settings.pop("prompt_encoder"))
-    router = PromptRouter(**settings)
-    router.load_state_dict(tensors)
-    e = router(encoder([captions[row] for row in rows]))
-    return rows, router.transport(e, config["eps"], config["sinkhorn_iterations"]).tolist()
-
-
-# ---- figures ----
-
-
-def clip(text: str, most: int) -> str:
-    """`text` on one line, without what cannot be printed, of at most `most` characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def label(text: str, width: int, lines: int) -> str:

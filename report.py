@@ -19,28 +19,30 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures import (
-    CURVES,
-    DPI,
+from analysis import (
     Routed,
-    Sample,
-    assignment_map,
-    block_label,
     clip,
-    difficulty,
     expert_order,
     group_costs,
     last_batch,
-    loss_curves,
     perplexity,
     read_log,
     retained,
+    shares,
+    words_table,
+)
+from figures import (
+    CURVES,
+    DPI,
+    Sample,
+    assignment_map,
+    block_label,
+    difficulty,
+    loss_curves,
     retained_heatmap,
     sample_grid,
-    shares,
     through_every_expert,
     usage_bars,
-    words_table,
 )
 from macs import MacsModel
 from runfolder import UserError, read_json, replacing

@@ -425,7 +425,7 @@ def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest):
 
 def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
     """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
-    problem = problem_of(tiny, warmup_steps=0, joint_steps=1, lr_warmup=0, open_logit=0.5)
+    problem = problem_of(tiny, warmup_steps=0, joint_steps=1, lr_warmup=0, open_logit=0.5, seed=3)
     cfg, space = problem.cfg, problem.space
     draw = step_generator(cfg.seed, "train", 0)
     _, batch = baselines.draw_batch(problem, 0, draw)

@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+import analysis
 import figures
 import report
 import results
-from figures import Routed, Sample
+from analysis import Routed
+from figures import Sample
 from gates import ArchSpace, binarize
 from macs import example_inputs, measure_macs, module_macs, skeleton
 from prune_unet import cut_expert
@@ -108,7 +110,7 @@ def test_retained_is_what_the_cut_experts_blocks_cost(unet):
     macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
     draw = torch.Generator().manual_seed(0)
     code = binarize(torch.randn(space.size, generator=draw), space)
-    names, kept = figures.retained(torch.stack([torch.ones(space.size), code]), macs)
+    names, kept = analysis.retained(torch.stack([torch.ones(space.size), code]), macs)
     removable = {layer.name: code[layer.start] == 0 for layer in space.depth_layers}
 
     def by_module(model) -> Counter[str]:
@@ -128,7 +130,7 @@ def test_retained_is_what_the_cut_experts_blocks_cost(unet):
 def test_blocks_stand_in_the_order_of_computation(unet, make_inputs):
     space = ArchSpace.from_unet(unet)
     macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
-    names, _ = figures.retained(torch.ones(1, space.size), macs)
+    names, _ = analysis.retained(torch.ones(1, space.size), macs)
     ran: list[str] = []
     hooks = [
         unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -146,7 +148,7 @@ def test_group_costs_against_a_loop(data):
     ratios = data.draw(st.lists(st.floats(0.3, 1), min_size=1, max_size=4))
     pairs = st.tuples(st.sampled_from(["", "a", "b", "<c>"]), st.integers(0, len(ratios) - 1))
     rows = data.draw(st.lists(pairs, max_size=20))
-    found = figures.group_costs(
+    found = analysis.group_costs(
         Routed([""] * len(rows), [g for g, _ in rows], [i for _, i in rows]), ratios
     )
     assert {row.group for row in found} == {group for group, _ in rows}
@@ -189,12 +191,12 @@ def test_frequent_words_against_a_loop(own, others):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_shares_and_perplexity(experts):
-    share = figures.shares(experts, 6)
+    share = analysis.shares(experts, 6)
     assert share.tolist() == [experts.count(i) / len(experts) for i in range(6)]
     entropy = -sum(p * math.log(p) for p in share if p)
-    assert figures.perplexity(share) == pytest.approx(math.exp(entropy))
-    assert figures.perplexity(np.full(7, 1 / 7)) == pytest.approx(7)
-    assert figures.shares([], 3).tolist() == [0, 0, 0]
+    assert analysis.perplexity(share) == pytest.approx(math.exp(entropy))
+    assert analysis.perplexity(np.full(7, 1 / 7)) == pytest.approx(7)
+    assert analysis.shares([], 3).tolist() == [0, 0, 0]
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.sampled_from([0, 1, 3, 7]))
@@ -218,13 +220,13 @@ def test_labels_are_short_and_plain(text, width, lines):
     found = figures.label(text, width, lines).replace(r"\$", "$").split("\n")
     assert len(found) <= lines and all(len(line) <= width for line in found)
     assert all(line.isprintable() for line in found)
-    assert len(figures.clip(text, width)) <= width
-    assert figures.clip("a  giraffe\n", 20) == "a giraffe"
+    assert len(analysis.clip(text, width)) <= width
+    assert analysis.clip("a  giraffe\n", 20) == "a giraffe"
 
 
 def test_words_table_by_hand():
     train = Routed(["a cat", "a cat", "a dog", "a dog", "an owl"], [""] * 5, [2, 2, 0, 0, 0])
-    rows = figures.words_table(train, Routed(["a cat"], [""], [2]), [0.9, 0.8, 0.7])
+    rows = analysis.words_table(train, Routed(["a cat"], [""], [2]), [0.9, 0.8, 0.7])
     assert [row["expert"] for row in rows] == [2, 1, 0]
     assert [row["MACs ratio"] for row in rows] == ["0.700", "0.800", "0.900"]
     assert [row["of training"] for row in rows] == ["40.0%", "0.0%", "60.0%"]
@@ -236,7 +238,7 @@ def test_words_table_by_hand():
 def test_last_batch_against_the_transport_by_hand(tmp_path):
     write_run(tmp_path, 3, 11, 20)
     captions = [f"a thing with {k} sides" for k in range(20)]
-    rows, experts = figures.last_batch(tmp_path, captions)
+    rows, experts = analysis.last_batch(tmp_path, captions)
     assert len(rows) == len(set(rows)) == 6 and set(rows) <= set(range(20))
     assert rows == batch_rows(20, 6, seed=0, step=31).tolist()  # the last of 2 + 30 steps
     z = PromptEncoder()([captions[row] for row in rows]).double().numpy()
@@ -257,7 +259,7 @@ def test_last_batch_against_the_transport_by_hand(tmp_path):
 
 def test_a_log_is_read_and_a_bad_one_refused(tmp_path):
     write_run(tmp_path, 2, 5, 4)
-    log = figures.read_log(tmp_path / "metrics.csv")
+    log = analysis.read_log(tmp_path / "metrics.csv")
     assert list(log) == ["step", *TERMS] and log["step"].tolist() == list(range(32))
     assert log["denoising"][3] == pytest.approx(1 / 5)
     for text in (None, "", "step,loss\n", "step,loss\n0,spoilt\n", "step,loss\n0\n"):
@@ -265,7 +267,7 @@ def test_a_log_is_read_and_a_bad_one_refused(tmp_path):
         if text is not None:
             (tmp_path / "metrics.csv").write_text(text)
         with pytest.raises(UserError, match=r"metrics\.csv is missing, empty or damaged"):
-            figures.read_log(tmp_path / "metrics.csv")
+            analysis.read_log(tmp_path / "metrics.csv")
 
 
 # ---- figures ----
@@ -394,7 +396,7 @@ def test_every_figure_runs_on_odd_inputs(pocket, num_experts):
         figures.assignment_map([("a", batch, ratios), ("b", [0], ratios), ("c", [], equal)]),
         figures.usage_bars(inputs.train.experts, [], ratios),
         figures.usage_bars([], [], equal),
-        figures.retained_heatmap(*figures.retained(inputs.codes, pocket), ratios),
+        figures.retained_heatmap(*analysis.retained(inputs.codes, pocket), ratios),
         figures.difficulty({"training": inputs.train, "validation": nobody}, ratios),
         figures.difficulty({"training": nobody, "validation": inputs.train}, equal),
         figures.difficulty({"training": Routed(HOSTILE, [""] * 9, [0] * 9)}, ratios),
@@ -406,7 +408,7 @@ def test_every_figure_runs_on_odd_inputs(pocket, num_experts):
     for fig in drawn:
         pixels = render(fig)
         assert max(pixels.shape) < 3000
-    for row in figures.words_table(inputs.train, nobody, ratios):
+    for row in analysis.words_table(inputs.train, nobody, ratios):
         assert len(str(row["two of its prompts"])) < 130
         assert len(row["frequent words"]) < 200
 
@@ -524,8 +526,8 @@ def test_page_shows_data_as_text(written):
     column = [row[0] for row in groups[1:]]
     assert HOSTILE[0] in column and "(no group)" in column
     assert sum(int(row[1]) for row in groups[1:]) == len(inputs.train.captions)
-    names, kept = figures.retained(inputs.codes, inputs.macs)
-    order = figures.expert_order(ratios)
+    names, kept = analysis.retained(inputs.codes, inputs.macs)
+    order = analysis.expert_order(ratios)
     assert blocks[0] == ["block", *(f"expert {i}" for i in order)]
     assert [row[0] for row in blocks[1:]] == [figures.block_label(name) for name in names]
     for row, shares in zip(blocks[1:], kept, strict=True):
