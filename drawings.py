@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import CaptionedImages
 from features import Pictures
 from finetune import expert_path
 from runfolder import checksum, read_json, step_generator, write_json
@@ -72,7 +71,7 @@ def identity(pipeline: APTPPipeline, cfg: Config, forced: int | None) -> str:
 
 def draw(
     pipeline: APTPPipeline,
-    data: CaptionedImages,
+    captions: Sequence[str],
     split: str,
     rows: list[int],
     cfg: Config,
@@ -81,7 +80,9 @@ def draw(
     """Draw the captions of `rows` that are not there yet.
 
     Args:
-        rows: of `data`, which is `split`.
+        captions: all of them.
+        split: what they are.
+        rows: those to draw.
         expert: -1 for the teacher, None for the router's choice.
     """
     who = "teacher" if expert == -1 else "routed"
@@ -90,7 +91,7 @@ def draw(
     record = folder / "drawn.json"  # row -> expert, seconds; written after the row's picture
     done: dict[str, tuple[int, float]] = read_json(record) if record.exists() else {}
     todo = [row for row in rows if str(row) not in done]
-    chosen = pipeline.route([data.captions[row] for row in todo]) if todo else []
+    chosen = pipeline.route([captions[row] for row in todo]) if todo else []
     if expert is not None:
         chosen = [expert] * len(todo)
     todo = [row for _, row in sorted(zip(chosen, todo, strict=True))]  # one expert after another
@@ -98,7 +99,7 @@ def draw(
     for start in range(0, len(todo), cfg.batch_size):
         part = todo[start : start + cfg.batch_size]
         sampled = pipeline(
-            [data.captions[row] for row in part],
+            [captions[row] for row in part],
             seeds=[image_seed(cfg.seed, row) for row in part],
             expert=expert,
             num_inference_steps=cfg.steps,

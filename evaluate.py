@@ -52,7 +52,7 @@ from runfolder import (
     read_json,
     write_json,
 )
-from sample import APTPPipeline
+from sample import APTPPipeline, read_prompts
 from teacher import Teacher
 
 SPLITS = ("train", "validation")
@@ -77,6 +77,8 @@ class Config:
     """Pictures drawn at once."""
     metrics: str = "embedded"
     """embedded: distances in EfficientNet-Lite0's features; paper: FID, CLIP score, CMMD."""
+    prompts_file: Path | None = None
+    """With `--metrics paper`: also the PickScore of these prompts, one a line (Table 6)."""
     dense: bool = True
     """Score the unpruned teacher on the same captions too."""
     without_transport: Path | None = None
@@ -242,20 +244,11 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
         data = load_split(settings, split, pipeline.teacher.resolution)
         rows = readable(data, spread(len(data), cfg.images))
         real = Subset(data, rows)
-        drawn = {method: draw(pipeline, data, split, rows, cfg, None)}
+        drawn = {method: draw(pipeline, data.captions, split, rows, cfg, None)}
         if cfg.dense and method != "dense":
-            drawn["dense"] = draw(pipeline, data, split, rows, cfg, -1)
+            drawn["dense"] = draw(pipeline, data.captions, split, rows, cfg, -1)
         for name, pictures in drawn.items():
-            chosen = [experts[i] if i >= 0 else None for i in pictures.experts]
-            costs = [1.0 if expert is None else expert["macs_ratio"] for expert in chosen]
-            entry = {
-                "method": name,
-                "split": split,
-                "images": len(rows),
-                "macs_ratio": sum(costs) / len(rows),
-                "seconds": sum(pictures.seconds) / len(rows),
-            }
-            found.append(entry | suite(pictures, real))
+            found.append(costs(pipeline, name, split, pictures) | suite(pictures, real))
         if cfg.dense:
             ceiling = suite(Reconstructed(pipeline.teacher, real), real)
             found.append({"method": "autoencoder", "split": split, "images": len(rows)} | ceiling)
@@ -264,6 +257,8 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
             common.append(in_common(data, assigned[split], split))
         if split == "validation":
             samples = examples(pipeline, data, drawn[method], drawn.get("dense"))
+    if cfg.prompts_file:
+        found += free_prompts(pipeline, method, cfg)
     metrics_json = {"rows": found, "nmi": common, "settings": as_json(cfg)}
     inputs = Inputs(
         summary,
@@ -285,6 +280,32 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     write_json(run / "report" / "metrics.json", metrics_json)  # last: the run is scored
     print(f"wrote {page}")
     return metrics_json
+
+
+def costs(pipeline: APTPPipeline, method: str, split: str, drawn: Drawn) -> dict[str, Any]:
+    """Who drew what, and what it took, per picture: MACs ratio and seconds."""
+    ratios = [1.0 if i < 0 else pipeline.ratios[i] for i in drawn.experts]
+    return {
+        "method": method,
+        "split": split,
+        "images": len(drawn),
+        "macs_ratio": sum(ratios) / len(drawn),
+        "seconds": sum(drawn.seconds) / len(drawn),
+    }
+
+
+def free_prompts(pipeline: APTPPipeline, method: str, cfg: Config) -> list[dict[str, Any]]:
+    """PickScores of the prompts of a file, such as PartiPrompts' (Table 6)."""
+    assert cfg.prompts_file
+    extractor = load_extractor("pickscore", pipeline.teacher.device)
+    prompts, found = read_prompts(cfg.prompts_file), []
+    rows = list(range(len(prompts)))
+    for name, expert in ((method, None), ("dense", -1)):
+        if expert is None or (cfg.dense and method != "dense"):
+            drawn = draw(pipeline, prompts, "prompts", rows, cfg, expert)
+            score = metrics.pick_score(drawn, prompts, extractor)
+            found.append(costs(pipeline, name, "prompts", drawn) | {"pick_score": score})
+    return found
 
 
 def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
@@ -337,6 +358,10 @@ def check(cfg: Config) -> None:
     """Raises `UserError` for settings that cannot work."""
     if cfg.metrics not in SUITES:
         raise UserError(f"--metrics {cfg.metrics} is unknown; choose one of: {', '.join(SUITES)}")
+    if cfg.prompts_file and cfg.metrics != "paper":
+        raise UserError(
+            f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper, or leave it"
+        )
     for name, value, least in (
         ("images", cfg.images, 2),
         ("steps", cfg.steps, 1),

@@ -6,8 +6,10 @@ import math
 import statistics
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import comparison
 import drawings
@@ -15,6 +17,7 @@ import evaluate
 import finetune
 import train
 from data import load_target
+from features import Extractor
 from macs import measure_macs
 from prune_unet import load_expert
 from runfolder import UserError, load_tensors, read_json, write_json
@@ -69,8 +72,8 @@ def test_the_dense_cell_draws_what_the_teacher_draws(compared):
     pipeline = APTPPipeline.from_pretrained(run, "cpu")
     data = load_target("emoji", "validation")
     cfg = dataclasses.replace(SMALL, images=2)
-    routed = drawings.draw(pipeline, data, "validation", [0, 1], cfg, None)
-    teacher = drawings.draw(pipeline, data, "validation", [0, 1], cfg, -1)
+    routed = drawings.draw(pipeline, data.captions, "validation", [0, 1], cfg, None)
+    teacher = drawings.draw(pipeline, data.captions, "validation", [0, 1], cfg, -1)
     difference = routed.images([0, 1]) - teacher.images([0, 1])
     assert difference.abs().max() < 1.5 / 127.5  # one level of a colour, from rounding
 
@@ -143,6 +146,33 @@ def test_a_run_with_experts_is_scored_and_reported(tmp_path):
     assert drawings.identity(pipeline, other, -1) != drawings.identity(pipeline, SMALL, -1)
 
 
+def test_free_prompts_get_a_pickscore_of_their_own(compared, tmp_path, monkeypatch):
+    """With a stand-in network: brightness of the picture against length of the prompt."""
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([images.mean((1, 2, 3)) + 2, torch.ones(len(images))], dim=1)
+
+    def read(captions: list[str]) -> torch.Tensor:
+        return torch.tensor([[1.0, len(caption)] for caption in captions])
+
+    stand_in = Extractor("x", torch.device("cpu"), lambda images: images, look, read, scale=10.0)
+    monkeypatch.setattr(evaluate, "load_extractor", lambda name, device: stand_in)
+    (tmp_path / "prompts.txt").write_text("a giraffe\na long red bus\n", encoding="utf-8")
+    pipeline = APTPPipeline.from_pretrained(compared / "random-0@2", "cpu")
+    cfg = dataclasses.replace(SMALL, metrics="paper", prompts_file=tmp_path / "prompts.txt")
+    own, dense = evaluate.free_prompts(pipeline, "random", cfg)
+    assert (own["method"], dense["method"]) == ("random", "dense")
+    assert own["images"] == 2 and own["split"] == "prompts" and dense["macs_ratio"] == 1
+    folder = next((pipeline.run / "report" / "drawings").glob("prompts-routed-*"))
+    scores = []
+    for row, prompt in enumerate(("a giraffe", "a long red bus")):
+        with Image.open(folder / f"{row:06d}.png") as image:
+            bright = np.asarray(image).mean() / 127.5 - 1 + 2
+        dot = bright + len(prompt)
+        scores.append(10 * dot / math.hypot(bright, 1) / math.hypot(1, len(prompt)))
+    assert own["pick_score"] == pytest.approx(statistics.fmean(scores), rel=1e-4)
+
+
 def test_every_drawing_has_a_seed_of_its_own():
     seeds = {drawings.image_seed(seed, row) for seed in range(3) for row in range(500)}
     assert len(seeds) == 1500
@@ -197,6 +227,7 @@ def test_nonsense_is_refused_in_one_line(tmp_path):
         ({"methods": "aptp,magic"}, "magic is unknown"),
         ({"methods": " , "}, "names none"),
         ({"images": 1}, "--images 1"),
+        ({"methods": None, "prompts_file": tmp_path / "p"}, "add --metrics paper"),
         ({"metrics": "vibes"}, "vibes is unknown"),
         ({"methods": None, "run": tmp_path / "gone"}, "gone does not exist"),
     ):
