@@ -201,4 +201,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    return f"CPU, threads: {torch.get_num_threads()}"

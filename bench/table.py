@@ -144,7 +144,7 @@ def text(rows: Sequence[dict[str, Any]], title: str, source: str) -> list[str]:
         *lines,
         f"Experts: {source}.",
         "Weights are random: MACs and latency do not depend on their values.",
-        f"Latency: median and interquartile range of {rounds} rounds, in turns with the dense",
+        f"Latency: median and interquartile range over {rounds} rounds, in turns with the dense",
         "U-Net's. The latency ratio is the median over the rounds: compare it, not the latencies.",
         "Parameters and MACs (one image, one forward) are the U-Net's. Peak memory: its weights,",
         "plus the most that the tensors of a run take at once, by PyTorch's own allocators.",

@@ -2,33 +2,31 @@
 
     pytest bench/test_serving.py --benchmark-only
 
-Whole drawings are made with the pocket teacher. Its eight experts have one architecture, so that a
-mixed batch differs from one expert's in the grouping alone. The pocket U-Net is so small that a
-forward's fixed costs weigh as much as several images; what grouping costs a large U-Net is shown by
-forwards at the shape of `--bench-unet`.
+Drawings are made with the pocket teacher, on a GPU with SD 2.1's shape. The eight experts have one
+architecture, so that a mixed batch differs from one expert's in the grouping alone. Its price is a
+forward's fixed cost (calling operators, reading weights), paid for each group: on the pocket U-Net
+as much as drawing several images takes, on SD 2.1's less than drawing one.
 """
 
-from dataclasses import replace
-
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
-from bench.costs import SEED, Variant, random_inputs, run
+from bench.costs import SEED, TEXT_TOKENS
 from data import load_target
-from gates import ArchSpace
 from macs import measure_macs, meet_budget
 from prune_unet import cut_expert, load_expert, save_expert
 from router import PromptEncoder, PromptRouter
 from runfolder import save_tensors, step_generator, write_json
 from sample import APTPPipeline
-from teacher import load_teacher
+from unets import PIXELS, load_shape
 
 EXPERTS = 8
 BUDGET = 0.78
 PROMPTS = 64
 ONE_BY_ONE = 8  # of these prompts, drawn one at a time
 STEPS = 25
+TEACHERS = {"cpu": ("pocket", "pocket", 64, "fp32"), "cuda": ("sd21-random", "sd21", 256, "fp16")}
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +52,17 @@ def test_routing_a_thousand_prompts(compare, experts, captions, device):
 
 @pytest.fixture(scope="module")
 def pipeline(captions, device, tmp_path_factory):
-    """A run of the pocket teacher: eight experts of one architecture, that share the prompts."""
+    """A run with eight experts of one architecture, that share the prompts."""
     folder = tmp_path_factory.mktemp("runs") / "mixed"
-    teacher = load_teacher("pocket", "cpu")
-    space = ArchSpace.from_unet(teacher.unet)
-    sizes = {"latent_size": teacher.latent_size, "text_tokens": teacher.text_tokens}
-    macs = measure_macs(teacher.unet, space, **sizes)
-    logits = torch.randn(1, space.size, generator=step_generator(SEED, "mixed"))
+    name, shape, pixels, precision = TEACHERS[device.type]
+    sizes = {"latent_size": pixels // PIXELS, "text_tokens": TEXT_TOKENS}
+    macs = measure_macs(load_shape(shape), **sizes)
+    logits = torch.randn(1, macs.space.size, generator=step_generator(SEED, "mixed"))
     code = meet_budget(logits, torch.ones(1), macs, BUDGET)
     encoder = PromptEncoder(device="cpu")
     z = encoder(captions)
     torch.manual_seed(SEED)
-    router = PromptRouter(z.shape[1], space.size, EXPERTS)
+    router = PromptRouter(z.shape[1], macs.space.size, EXPERTS)
     router.mean_z.copy_(z.mean(0))
     router.start_codes(z)
     save_tensors(
@@ -76,12 +73,12 @@ def pipeline(captions, device, tmp_path_factory):
     save_tensors(
         folder / "codes.safetensors",
         {"codes": code.to(torch.uint8).repeat(EXPERTS, 1)},
-        {"depth": space.depth},
+        {"depth": macs.space.depth},
     )
     ratio = (macs(code[0]) / macs.dense).item()
     listed = [{"id": i, "macs_ratio": ratio} for i in range(EXPERTS)]
-    write_json(folder / "summary.json", {"teacher": "pocket", "experts": listed})
-    made = APTPPipeline.from_pretrained(folder, str(device))
+    write_json(folder / "summary.json", {"teacher": name, "experts": listed})
+    made = APTPPipeline.from_pretrained(folder, str(device), precision=precision, resolution=pixels)
     for i in range(EXPERTS):
         made(captions[:1], expert=i, num_inference_steps=1)  # cuts it
     return made
@@ -96,8 +93,9 @@ def mixed(pipeline, captions):
 
 
 def test_mixed_batch_beside_one_experts(compare, pipeline, mixed):
+    name = pipeline.teacher.name
     compare(
-        f"{PROMPTS} prompts grouped by {EXPERTS} experts / through one of equal MACs",
+        f"{PROMPTS} prompts in {EXPERTS} experts' groups / through one expert, {name}",
         lambda: pipeline(mixed, num_inference_steps=STEPS),
         lambda: pipeline(mixed, expert=0, num_inference_steps=STEPS),
         target=1.25,
@@ -107,54 +105,38 @@ def test_mixed_batch_beside_one_experts(compare, pipeline, mixed):
 
 
 def test_mixed_batch_beside_one_at_a_time(compare, pipeline, mixed):
-    few = mixed[:: PROMPTS // ONE_BY_ONE]
+    few, name = mixed[:: PROMPTS // ONE_BY_ONE], pipeline.teacher.name
 
     def one_by_one():
         for prompt in few:
             pipeline([prompt], num_inference_steps=STEPS)
 
+    times = PROMPTS // ONE_BY_ONE
     compare(
-        f"{PROMPTS} prompts grouped / one at a time ({PROMPTS // ONE_BY_ONE} x {ONE_BY_ONE} drawn)",
+        f"{PROMPTS} prompts in groups / {times} times {ONE_BY_ONE} one by one, {name}",
         lambda: pipeline(mixed, num_inference_steps=STEPS),
         one_by_one,
-        scale=PROMPTS / ONE_BY_ONE,
+        scale=times,
         target=None,
         rounds=2,
         warmup=0,
     )
 
 
-def test_forwards_of_small_groups(compare, unet, experts, macs, latent_size, device):
-    """A prompt a group (two images: with guidance, without), against four prompts at once."""
-    variant = Variant("group", device.type, torch.float32, batch=2)
-    code = experts.codes[macs(experts.codes).argmin()]
-    expert = cut_expert(unet, code, experts.space)
-    two = random_inputs(unet, variant, latent_size, device)
-    eight = random_inputs(unet, replace(variant, batch=8), latent_size, device)
-
-    def in_groups():
-        for _ in range(4):
-            run(expert, two)
-
-    compare(
-        "4 forwards of 2 images / 1 forward of 8, smallest expert",
-        in_groups,
-        lambda: run(expert, eight),
-        target=1.25,
-        rounds=3,
-    )
-
-
 def test_loading_an_expert(compare, unet, experts, macs, device, tmp_path):
-    """Against reading the same file's bytes as safetensors. The smallest expert, to save time."""
+    """Against reading the same file's tensors. The smallest expert, to save time."""
     code = experts.codes[macs(experts.codes).argmin()]
     path = tmp_path / "expert.safetensors"
     save_expert(path, cut_expert(unet, code, experts.space), code, experts.space)
+
+    def read():  # and not only map into memory
+        return [tensor.to(device, copy=True) for tensor in load_file(path).values()]
+
     try:
         compare(
             f"loading an expert ({path.stat().st_size / 2**20:,.0f} MiB) / reading its tensors",
             lambda: load_expert(path, device),
-            lambda: safetensors.torch.load(path.read_bytes()),
+            read,
             target=None,
             rounds=3,
         )
