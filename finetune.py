@@ -47,6 +47,7 @@ from runfolder import (
     pick_device,
     read_json,
     refuse_other_settings,
+    remove_leftovers,
     save_tensors,
     step_generator,
 )
@@ -112,6 +113,11 @@ def by_target(target: str) -> dict[str, Any]:
 def expert_path(run: Path, expert: int) -> Path:
     """Where a run keeps a fine-tuned expert."""
     return run / "experts" / f"{expert}.safetensors"
+
+
+def checkpoint_path(run: Path, expert: int) -> Path:
+    """Where a run keeps an expert that is being fine-tuned, and its optimizer."""
+    return run / "experts" / f"{expert}.checkpoint.safetensors"
 
 
 def load_codes(run: Path, space: ArchSpace) -> Tensor:
@@ -180,7 +186,8 @@ def finetune_expert(
         rows: row numbers, (R,).
     """
     assert cfg.steps and cfg.batch_size and cfg.lr
-    path, checkpoint = expert_path(run, i), run / "experts" / f"{i}.checkpoint.safetensors"
+    path, checkpoint = expert_path(run, i), checkpoint_path(run, i)
+    remove_leftovers(path.parent, f"{i}.*")
     identity = {key: getattr(cfg, key) for key in IDENTITY}
     expert = cut_expert(teacher.unet, code, space).float().requires_grad_(True)
     if cfg.checkpointing:
@@ -265,6 +272,7 @@ def finetune(cfg: Config) -> None:
             made_with = load_tensors(expert_path(run, i))[1]["settings"]
             identity = {key: getattr(cfg, key) for key in IDENTITY}
             refuse_other_settings(expert_path(run, i), made_with, identity)
+            checkpoint_path(run, i).unlink(missing_ok=True)  # where a kill came just before
         else:
             todo.append(i)
     if not todo:

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -100,13 +101,23 @@ def batch_rows(rows: int, batch_size: int, seed: int, step: int) -> Tensor:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on success move it into place, otherwise remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # in a folder of its own, because safetensors has temporary files beside what it writes
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield folder / path.name
+        mask = os.umask(0)  # as other files: safetensors writes for its owner alone
+        os.umask(mask)
+        (folder / path.name).chmod(0o666 & ~mask)
+        os.replace(folder / path.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary folders of `replacing` that killed processes left for a file's name."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -166,9 +177,11 @@ def claim(run: Path, settings: dict[str, Any], free: tuple[str, ...]) -> None:
     Raises:
         UserError: the folder holds a run with other settings, or files that are no run.
     """
+    remove_leftovers(run, "config.json")
     if (run / "config.json").exists():
         old = read_json(run / "config.json")
         refuse_other_settings(run, old, {k: v for k, v in settings.items() if k not in free})
+        remove_leftovers(run)
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run; choose another folder with --out")
 
@@ -187,14 +200,26 @@ def save_tensors(
 ) -> None:
     """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all.
 
-    The file carries a checksum of both.
+    The file carries a checksum of both. Raises `UserError` where it cannot be written.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = json.loads(json.dumps(meta or {}))
     with replacing(path) as temporary:
         # one key: with two, their order in the file would be left to chance
         header = json.dumps({"meta": meta, "sha256": fingerprint(plain, meta)})
-        save_file(plain, temporary, {"header": header})
+        try:
+            save_file(plain, temporary, {"header": header})
+        except SafetensorError as error:  # a full disk is one of these, and no OSError
+            raise UserError(
+                f"{path} could not be written ({error}): check that the disk has room, then run "
+                f"the same command again"
+            ) from None
+
+
+def header_of(file: Any) -> dict[str, Any]:
+    """What `save_tensors` wrote beside the tensors; empty for a file of another program."""
+    header = json.loads((file.metadata() or {}).get("header", "{}"))
+    return header if isinstance(header, dict) else {}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -205,7 +230,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            header = header_of(file)
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except FileNotFoundError:
         raise UserError(
@@ -226,7 +251,7 @@ def checksum(path: Path) -> str | None:
     """The checksum that a file of `save_tensors` carries; None where there is no such file."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            header = header_of(file)
     except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
         return None
     return header.get("sha256")

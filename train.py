@@ -287,6 +287,7 @@ def train(cfg: Config) -> dict[str, Any]:
     settings = as_json(cfg)
     claim(cfg.out, settings, free=FREE)
     if (cfg.out / "summary.json").exists():
+        (cfg.out / CHECKPOINT).unlink(missing_ok=True)  # where a kill came just before
         print(f"{cfg.out} is complete; --out names another folder")
         return read_json(cfg.out / "summary.json")
     problem = prepare(cfg)
@@ -351,10 +352,10 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
                 [p.grad for p in router.parameters() if p.grad is not None]
             )
             if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
+                good = f"the last good state is in {path}" if path.exists() else "nothing was saved"
                 raise UserError(
                     f"the loss became {values['loss']} and its gradient {norm.item():.3g} at step "
-                    f"{step}; the last good state is in {path}; try a lower --lr, or --precision "
-                    "fp32 or bf16"
+                    f"{step}; {good}; try a lower --lr or --precision fp32, and another --out"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
