@@ -187,15 +187,18 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(title: str, lines: Sequence[dict[str, Any]]) -> str:
     """Aggregated lines as a Markdown table with its title."""
     present = [m for m in MEASURES if any(m[0] in line for line in lines)]
-    head = ["method", "split", "seeds", "fine-tuning steps", *(name for _, name, _ in present)]
+    cells = any(line["steps_in_all"] for line in lines)  # of a comparison, not of one run
+    head = ["method", "split", *(["seeds", "fine-tuning steps"] if cells else [])]
+    head += [name for _, name, _ in present]
     text = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
-        cells = [line["method"], line["split"], str(line["seeds"]), str(line["steps_in_all"])]
+        row = [line["method"], line["split"]]
+        row += [str(line["seeds"]), str(line["steps_in_all"])] if cells else []
         for key, _, digits in present:
             value, spread = line.get(key), line.get(f"{key}_std", math.nan)
             cell = "" if value is None else f"{value:.{digits}f}"
-            cells.append(cell if math.isnan(spread) else f"{cell} ± {spread:.{digits}f}")
-        text.append("| " + " | ".join(cells) + " |")
+            row.append(cell if math.isnan(spread) else f"{cell} ± {spread:.{digits}f}")
+        text.append("| " + " | ".join(row) + " |")
     return "\n".join(text) + "\n"
 
 

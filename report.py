@@ -107,20 +107,23 @@ th { background: var(--head); }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 HEADS = {
     "macs_ratio": "MACs ratio",
-    "frechet": "Fréchet distance ↓",
+    "frechet": "Fréchet ↓",
     "fid": "FID ↓",
     "mmd": "MMD ↓",
     "cmmd": "CMMD ↓",
     "clip_score": "CLIP score ↑",
-    "pickscore": "PickScore ↑",
-    "r1": "R-precision@1 ↑",
-    "r5": "R-precision@5 ↑",
+    "pick_score": "PickScore ↑",
+    "r1": "R@1 ↑",
+    "r5": "R@5 ↑",
+    "style": "style ↑",
     "nmi": "NMI",
     "params": "parameters",
-    "seconds": "seconds an image",
+    "seconds": "s/image",
 }
 CAPTIONS = {  # HTML, by table or figure
-    "rows": "↓: lower is better, ↑: higher is better. MACs ratio: mean over the drawings.",
+    "rows": """↓: lower is better, ↑: higher is better. MACs ratio: mean over the drawings. R@k: the
+        picture that was asked for is among the k real ones of its style that look most like the
+        drawing. Style: share of drawings that a classifier takes to be of the style asked for.""",
     "nmi": """Normalised mutual information between a prompt's expert and its group, beside the
         same after shuffling the experts among the prompts. 0 is independent, 1 the same partition.
         Training never sees the groups.""",

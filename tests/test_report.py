@@ -519,7 +519,7 @@ def test_page_shows_data_as_text(written):
     run, inputs = written
     page = Page((run / "report" / "report.html").read_text(encoding="utf-8"))
     scores, words, groups, blocks = page.tables
-    assert scores[0] == ["method", "images", "Fréchet distance ↓", "R-precision@1 ↑"]
+    assert scores[0] == ["method", "images", "Fréchet ↓", "R@1 ↑"]
     assert scores[1] == ["<b>aptp</b>", "3", "\N{EN DASH}", "\N{EN DASH}"]
     ratios = (inputs.macs(inputs.codes) / inputs.macs.dense).tolist()
     assert [float(row[1]) for row in words[1:]] == pytest.approx(sorted(ratios), abs=5e-4)

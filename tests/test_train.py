@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -178,10 +179,7 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
         if log.exists() and len(log.read_text().splitlines()) > 3:
             break
         time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-P", str(job.pid)], check=True, capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    psutil.Process(job.pid).children()[-1].send_signal(signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0 and b"SIGKILL" in errors
     assert not (out / "summary.json").exists()
