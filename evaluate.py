@@ -35,7 +35,7 @@ import train
 from analysis import Routed
 from cache import kept_rows, rows_key
 from comparison import aggregate, compare, markdown, parse_methods
-from data import CaptionedImages, load_target, spread
+from data import CaptionedImages, spread
 from drawings import Drawn, draw
 from features import Rows, extract, load_extractor
 from figures import Sample
@@ -43,6 +43,7 @@ from finetune import load_codes
 from macs import measure_macs
 from metrics import EMBEDDED_SIGMA
 from report import Inputs, write_report
+from results import load_split
 from runfolder import (
     RUNS,
     UserError,
@@ -306,18 +307,6 @@ def free_prompts(pipeline: APTPPipeline, method: str, cfg: Config) -> list[dict[
             score = metrics.pick_score(drawn, prompts, extractor)
             found.append(costs(pipeline, name, "prompts", drawn) | {"pick_score": score})
     return found
-
-
-def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
-    """A split of the target that a run was trained on, at the size of its pictures."""
-    return load_target(
-        settings["target"],
-        split,
-        seed=settings["seed"],
-        limit=settings["limit"] if split == "train" else None,
-        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
-        resolution=resolution,
-    )
 
 
 def examples(

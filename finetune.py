@@ -32,9 +32,9 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
-from data import load_target
 from gates import ArchSpace
 from prune_unet import BlockRecorder, cut_expert, save_expert
+from results import load_split
 from runfolder import (
     MetricsLog,
     UserError,
@@ -83,7 +83,7 @@ class Config:
     precision: str = "fp32"
     """fp32, bf16 or fp16: of the teacher, and of the expert's products; its weights are fp32."""
     checkpointing: bool = False
-    """Gradient checkpointing: less memory, a third more time."""
+    """Gradient checkpointing: less memory for one more forward a step."""
     save_every: int = 50
     """Steps between checkpoints."""
 
@@ -287,14 +287,7 @@ def finetune(cfg: Config) -> None:
     )
     space = ArchSpace.from_unet(teacher.unet, settings["depth"])
     codes = load_codes(run, space)
-    data = load_target(
-        summary["target"],
-        "train",
-        seed=settings["seed"],
-        limit=settings["limit"],
-        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
-        resolution=teacher.resolution,
-    )
+    data = load_split(settings, "train", teacher.resolution)
     assignment = torch.tensor(read_json(run / "assignments.json")["train"])
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.encode_text([""])[0].cpu()

@@ -4,8 +4,7 @@ Everything follows from exact MACs and the numbers of steps. A multiply-accumula
 point operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
 backward pass, which costs as much as a forward since the weights are frozen: three forwards. With
 checkpointing it is four. Fine-tuning trains weights: the teacher forward, the expert forward, and
-twice the expert's forward for its backward pass. Autoencoder and text encoder are left out; they
-come to a few per cent.
+twice the expert's forward for its backward pass. Autoencoder and text encoder are left out.
 """
 
 from __future__ import annotations
@@ -81,8 +80,6 @@ def plan(cfg: Config) -> str:
     weights = width * params
     together = min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
     activations = together * activation_bytes(unet, size, tokens) * width // 4
-    if cfg.checkpointing:
-        activations //= 4  # about: what a block's inputs take, and one block in full
     expert = 4 * params * cfg.budget  # float32
     reach = cfg.lr * steps if cfg.lr else 0
     text = f"{forwards} forwards x {cfg.batch_size} images x {macs.dense / 1e9:.2f} G"
@@ -98,7 +95,7 @@ pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps, effective batch {cfg.
 2 x {steps * of_step / 1e15:.1f} P / {cfg.tflops:g} T / 3600
   memory     {weights / GIB:.1f} GiB of weights ({cfg.precision}), up to \
 {activations / GIB:.1f} GiB of activations at {together} images\
-{" with checkpointing" if cfg.checkpointing else ""}
+{", less with checkpointing" if cfg.checkpointing else ""}
   learning   a logit moves at most about {reach:.2g} in {steps} steps at lr {cfg.lr:g}; \
 it starts at {cfg.open_logit:g}
 

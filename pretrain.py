@@ -27,6 +27,7 @@ from tqdm import trange
 
 from data import CaptionedImages, load_target, spread
 from emoji import captions_of, list_emoji
+from pipelines import SCHEDULE
 from runfolder import (
     MetricsLog,
     UserError,
@@ -65,15 +66,7 @@ UNET_CONFIG: dict[str, Any] = {
     "cross_attention_dim": 384,
     "use_linear_projection": True,
 }
-SCHEDULER_CONFIG: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+SCHEDULER_CONFIG: dict[str, Any] = {**SCHEDULE, "prediction_type": "v_prediction"}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from data import CaptionedImages, load_target
 from macs import meet_budget, skeleton
 from prune_unet import cut_in_place
 from router import PromptRouter
@@ -52,6 +54,23 @@ def frequent_words(captions: Sequence[str], everything: Sequence[str], count: in
     ][:count]
 
 
+def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
+    """A split of the target that a run was trained on.
+
+    Args:
+        settings: the run's config.json.
+        resolution: pixels a side.
+    """
+    return load_target(
+        settings["target"],
+        split,
+        seed=settings["seed"],
+        limit=settings["limit"] if split == "train" else None,
+        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
+        resolution=resolution,
+    )
+
+
 def write_results(
     cfg: Config,
     problem: Problem,
@@ -77,8 +96,8 @@ def write_results(
     run, macs, data = cfg.out, problem.macs, problem.data
     z_validation = problem.encoder(problem.validation.captions)
     routed = {
-        "train": router.route(problem.z).cpu(),
-        "validation": router.route(z_validation).cpu(),
+        split: torch.cat([router.route(part).cpu() for part in z.split(8192)])
+        for split, z in (("train", problem.z), ("validation", z_validation))
     }
     usage = {
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)

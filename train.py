@@ -113,7 +113,7 @@ class Config:
     precision: str = "fp32"
     """Of the frozen teacher: fp32, bf16 or fp16. The router is fp32 always."""
     checkpointing: bool = False
-    """Gradient checkpointing: less memory, a third more time."""
+    """Gradient checkpointing: less memory for one more forward a step."""
     cache_latents: bool = False
     """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
     out: Path | None = None
