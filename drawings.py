@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from features import Pictures
 from finetune import expert_path
-from runfolder import checksum, read_json, step_generator, write_json
+from runfolder import checksum, fingerprint, read_json, step_generator, write_json
 from sample import APTPPipeline, save_png
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Drawn:
         return Pictures([self.path(row) for row in rows]).images(range(len(rows)))
 
 
+def weights(model: nn.Module) -> str:
+    """A name for a model's weights."""
+    return fingerprint(model.state_dict(), {})
+
+
 def identity(pipeline: APTPPipeline, cfg: Config, forced: int | None) -> str:
     """What the pictures depend on beside caption and row, as a short hash."""
     parts: list[object] = [cfg.steps, cfg.guidance, cfg.seed, forced]
@@ -65,7 +70,7 @@ def identity(pipeline: APTPPipeline, cfg: Config, forced: int | None) -> str:
         files = [run / "router.safetensors", run / "codes.safetensors"]
         parts += [checksum(path) for path in (*files, *(expert_path(run, i) for i in range(N)))]
     else:
-        parts.append(pipeline.teacher.name)
+        parts += [weights(part) for part in (pipeline.teacher.unet, pipeline.teacher.pipe.vae)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -91,8 +96,9 @@ def draw(
     record = folder / "drawn.json"  # row -> expert, seconds; written after the row's picture
     done: dict[str, tuple[int, float]] = read_json(record) if record.exists() else {}
     todo = [row for row in rows if str(row) not in done]
-    chosen = pipeline.route([captions[row] for row in todo]) if todo else []
-    if expert is not None:
+    if expert is None:
+        chosen = pipeline.route([captions[row] for row in todo]) if todo else []
+    else:
         chosen = [expert] * len(todo)
     todo = [row for _, row in sorted(zip(chosen, todo, strict=True))]  # one expert after another
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"drawing, {who}, {split}")

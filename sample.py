@@ -68,10 +68,11 @@ class APTPPipeline:
         self,
         run: Path,
         teacher: Teacher,
-        router: PromptRouter,
-        encoder: PromptEncoder,
+        router: PromptRouter | None,
+        encoder: PromptEncoder | None,
         ratios: list[float],
     ) -> None:
+        """Without router and encoder, every call has to say which expert is to draw."""
         self.run, self.teacher, self.router, self.encoder, self.ratios = (
             run,
             teacher,
@@ -140,6 +141,7 @@ class APTPPipeline:
 
     def route(self, prompts: Sequence[str]) -> list[int]:
         """The expert of each prompt (Eq. 22)."""
+        assert self.router and self.encoder
         return self.router.route(prompts, self.encoder).tolist()
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,8 +94,9 @@ class Teacher:
         Raises:
             UserError: the autoencoder overflows in this precision.
         """
-        posterior = self.pipe.vae.encode(images.to(self.device, self.pipe.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        encoded = self.pipe.vae.encode(images.to(self.device, self.pipe.vae.dtype))
+        # an autoencoder without a posterior, such as the pocket teacher's, gives its latents
+        latents = retrieve_latents(encoded, generator, "argmax" if generator is None else "sample")
         if not torch.isfinite(latents).all():
             raise UserError(
                 f"the autoencoder of --teacher {self.name} gives latents that are not finite in "

@@ -1,0 +1,274 @@
+"""What the pocket teacher can do: the figures and pictures of its model card.
+
+    python teacher_card.py     # draws and scores; writes assets/pocket/metrics.json and the grids
+
+Captions of both splits are drawn as `evaluate.py` draws them and scored in the same features. The
+guidance scale is the one of a few at which most training captions, others than those scored, find
+their own picture again; the teacher carries it as its default. Beside each distance stand two
+yardsticks: real validation pictures against real training pictures, and what the autoencoder makes
+of the real ones. Prompts in words that no caption uses are scored by hand-made lists of the emoji
+that would do. Killed, the same command draws what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+import evaluate
+import metrics
+from data import CaptionedImages, load_target, spread
+from drawings import Drawn, draw
+from emoji import list_emoji
+from evaluate import Embedded, Reconstructed, Subset
+from features import extract
+from pipelines import load_pocket
+from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
+from sample import APTPPipeline
+from teacher import ASSETS, Teacher
+
+# what to draw, and the names that would do (a part of the name is enough)
+FREE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "a tall animal with a long neck": ("giraffe", "llama"),
+    "something to eat with cheese": ("pizza", "cheese", "hamburger", "sandwich", "taco"),
+    "it rains and I do not want to get wet": ("umbrella",),
+    "the king of the jungle": ("lion",),
+    "a vehicle that puts out fires": ("fire engine", "fire extinguisher"),
+    "you unlock a door with it": ("key",),
+    "a hot drink in the morning": ("hot beverage", "teacup", "teapot"),
+    "a bird that cannot fly and lives on ice": ("penguin",),
+    "it has eight arms and lives in the sea": ("octopus", "squid"),
+    "a yellow fruit that monkeys like": ("banana",),
+    "it tells you the time": ("clock", "watch", "hourglass"),
+    "a man in a red suit who brings presents": ("santa", "father christmas", "mrs. claus"),
+    "I am so happy that I laugh out loud": ("grinning", "tears of joy", "laughing", "smiling"),
+    "love": ("heart",),
+    "a machine for taking photographs": ("camera",),
+    "a slow animal that carries its house": ("snail", "turtle"),
+    "sports with a round ball": ("ball", "soccer", "golf", "pool 8"),
+    "music": ("music", "guitar", "violin", "trumpet", "saxophone", "drum", "piano", "headphone"),
+    "a big ship on the ocean": ("ship", "ferry", "boat"),
+    "money": ("money", "banknote", "dollar", "coin", "credit card"),
+    "weather in winter": ("snow", "cold", "ice"),
+    "an insect that makes honey": ("bee", "honey"),
+    "something with wings to travel by": ("airplane", "helicopter", "aircraft", "departure"),
+    "a house on fire at night with the moon above": ("fire", "flame", "moon", "house", "night"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Scoring the pocket teacher."""
+
+    train_images: int = 500
+    """Training captions drawn."""
+    validation_images: int | None = None
+    """Validation captions drawn; all 308 if not given."""
+    guidances: tuple[float, ...] = (2.0, 3.0, 4.5, 6.5)
+    """Guidance scales to choose from."""
+    trial_images: int = 120
+    """Training captions drawn at each of them."""
+    steps: int = 25
+    """Denoising steps."""
+    seed: int = 0
+    """Seed of the drawings."""
+    batch_size: int = 50
+    """Pictures drawn at once."""
+    assets: Path = ASSETS / "pocket"
+    """Folder of the teacher, which metrics.json and the grids are written to."""
+    out: Path = RUNS / "teacher-card"
+    """Folder of the drawings."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+class Scoring:
+    """A teacher whose drawings are kept and scored."""
+
+    def __init__(self, cfg: Config, teacher: Teacher) -> None:
+        self.cfg, self.teacher = cfg, teacher
+        self.pipeline = APTPPipeline(cfg.out, teacher, None, None, [])
+        self.suite = Embedded(teacher.device)
+
+    def draw(self, captions: Sequence[str], what: str, rows: list[int], guidance: float) -> Drawn:
+        """The teacher's drawings of some captions, from the folder or into it."""
+        settings = evaluate.Config(
+            steps=self.cfg.steps,
+            guidance=guidance,
+            seed=self.cfg.seed,
+            batch_size=self.cfg.batch_size,
+        )
+        return draw(self.pipeline, captions, what, rows, settings, -1)
+
+    def score(
+        self, data: CaptionedImages, split: str, rows: list[int], guidance: float
+    ) -> dict[str, float]:
+        """Scores of the drawings of the captions of `rows`."""
+        return self.suite(self.draw(data.captions, split, rows, guidance), Subset(data, rows))
+
+    def best_guidance(self, train: CaptionedImages, rows: list[int]) -> dict[str, float]:
+        """R-precision@1 of the captions of `rows` at every scale in question, by scale."""
+        if not self.cfg.guidances:
+            raise UserError("--guidances is empty; give at least one scale, such as 3")
+        return {f"{g:g}": self.score(train, "train", rows, g)["r1"] for g in self.cfg.guidances}
+
+
+def split_rows(total: int, scored: int, trial: int) -> tuple[list[int], list[int]]:
+    """Rows to score, and others to choose the guidance scale on, both spread over the split."""
+    chosen = spread(total, min(scored, total))
+    others = sorted(set(range(total)) - set(chosen)) or chosen
+    return chosen, [others[i] for i in spread(len(others), min(trial, len(others)))]
+
+
+def would_do(names: Sequence[str], rows: int) -> list[bool]:
+    """For each training row, whether its emoji's name contains one of `names` as whole words."""
+    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
+    return [
+        any(f" {name} " in f" {drawing.name} {drawing.alias} " for name in names)
+        for drawing in (drawings[row] for row in spread(len(drawings), rows))
+    ]
+
+
+def free_language(
+    scoring: Scoring, train: CaptionedImages, guidance: float
+) -> tuple[dict[str, float], Drawn, list[int]]:
+    """Do prompts in free words land on an emoji that would do? Beside what chance would give.
+
+    Gives shares of prompts whose nearest real picture is one of those that would do (k = 1), or one
+    of whose nearest five is (k = 5); the drawings; the nearest rows.
+    """
+    prompts = list(FREE_PROMPTS)
+    drawn = scoring.draw(prompts, "free", list(range(len(prompts))), guidance)
+    features = metrics.unit(extract(scoring.suite.extractor, drawn))  # (prompts, d)
+    gallery = metrics.unit(scoring.suite.gallery(train))  # (rows, d)
+    nearest = (features @ gallery.T).topk(5).indices  # (prompts, 5)
+    good = torch.tensor([would_do(names, len(train)) for names in FREE_PROMPTS.values()])
+    hits = good.gather(1, nearest)  # (prompts, 5)
+    share = good.double().mean(1)  # (prompts,)
+    found = {
+        "free_prompts": float(len(prompts)),
+        "free_1": hits[:, 0].double().mean().item(),
+        "free_5": hits.any(1).double().mean().item(),
+        "free_1_chance": share.mean().item(),
+        "free_5_chance": (1 - (1 - share) ** 5).mean().item(),
+    }
+    return found, drawn, nearest[:, 0].tolist()
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to a picture."""
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def grid(
+    path: Path, titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], columns: int = 8
+) -> None:
+    """Pictures under their titles; where a title has several, side by side."""
+    lines = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(2 * columns, 1.55 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, title, pictures in zip(axes, titles, rows, strict=False):
+        width, height = pictures[0].size
+        canvas = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
+        for i, picture in enumerate(pictures):
+            canvas.paste(picture, (i * (width + 4), 0))
+        axis.imshow(canvas, interpolation="nearest")
+        axis.set_title(title, fontsize=7, wrap=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def measure(cfg: Config) -> dict[str, Any]:
+    """Draw, score, and write metrics.json and the grids. Raises `UserError` for bad settings."""
+    for name, value in (("train-images", cfg.train_images), ("trial-images", cfg.trial_images)):
+        if value < 2:
+            raise UserError(f"--{name} {value} is too small; choose 2 or more")
+    pipe, settings = load_pocket(cfg.assets)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval().to(pick_device(cfg.device))
+    teacher = Teacher("pocket", pipe, settings["guidance_scale"], settings["resolution"])
+    train, validation = (load_target("emoji", split) for split in ("train", "validation"))
+    scoring = Scoring(cfg, teacher)
+    scored, trial = split_rows(len(train), cfg.train_images, cfg.trial_images)
+    held_out = spread(len(validation), min(cfg.validation_images or 10**9, len(validation)))
+    by_guidance = scoring.best_guidance(train, trial)
+    guidance = float(max(by_guidance, key=lambda scale: by_guidance[scale]))
+    training = read_json(cfg.assets / "training.json")
+    found: dict[str, Any] = {
+        "guidance": guidance,
+        "r1_by_guidance": by_guidance,
+        "images_seen": training["images_seen"],
+        "psnr_val": psnr(teacher, validation),
+    }
+    galleries = [scoring.suite.gallery(data) for data in (train, validation)]
+    some = galleries[0][spread(len(train), len(validation))]
+    found["frechet_real"] = metrics.frechet_distance(galleries[1], some)
+    for short, split, data, rows in (
+        ("train", "train", train, scored),
+        ("val", "validation", validation, held_out),
+    ):
+        scores = scoring.score(data, split, rows, guidance)
+        real = Subset(data, rows)
+        ceiling = scoring.suite(Reconstructed(teacher, real), real)
+        found |= {f"{name}_{short}": value for name, value in scores.items()}
+        found |= {f"{name}_{short}_autoencoder": value for name, value in ceiling.items()}
+        found[f"images_{short}"] = len(rows)
+        shown = [rows[i] for i in spread(len(rows), min(32, len(rows)))]
+        drawn = scoring.draw(data.captions, split, rows, guidance)
+        rebuilt = Reconstructed(teacher, Subset(data, shown)).images(range(len(shown)))
+        pictures = [
+            [to_picture(image), to_picture(through), drawn.picture(row)]
+            for row, image, through in zip(shown, data.images(shown), rebuilt, strict=True)
+        ]
+        grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
+    scores, drawn, nearest = free_language(scoring, train, guidance)
+    found |= scores
+    beside = train.images(nearest)
+    pictures = [[drawn.picture(i), to_picture(beside[i])] for i in range(len(nearest))]
+    grid(cfg.assets / "grid_free.png", list(FREE_PROMPTS), pictures, columns=6)
+    write_json(cfg.assets / "teacher.json", settings | {"guidance_scale": guidance})
+    write_json(cfg.assets / "metrics.json", rounded(found))
+    return found
+
+
+def psnr(teacher: Teacher, data: CaptionedImages) -> float:
+    """Peak signal-to-noise ratio of reconstructions, in dB, over all pixels of `data`."""
+    everything = Subset(data, list(range(len(data))))
+    through, total = Reconstructed(teacher, everything), 0.0
+    for rows in torch.arange(len(data)).split(64):
+        difference = (through.images(rows) - everything.images(rows)) / 2
+        total += difference.square().mean((1, 2, 3)).sum().item()
+    return -10 * math.log10(total / len(data))
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    """Four digits after the point."""
+    return {
+        name: rounded(value)
+        if isinstance(value, dict)
+        else round(value, 4)
+        if isinstance(value, float)
+        else value
+        for name, value in found.items()
+    }
+
+
+def main() -> None:
+    for name, value in rounded(measure(tyro.cli(Config, description=__doc__))).items():
+        print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    command_line(main)

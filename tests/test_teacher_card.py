@@ -1,0 +1,126 @@
+"""The model card's figures: what is scored, how free words are judged, what is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import teacher_card
+from data import load_target
+from emoji import list_emoji
+from runfolder import UserError
+from teacher import ASSETS
+
+WANTED = {
+    *("psnr_val", "r1_train", "r5_train", "r1_val", "r5_val", "frechet_train", "frechet_val"),
+    *("frechet_real", "guidance", "images_seen"),
+}
+
+
+def test_the_guidance_scale_is_not_chosen_on_scored_captions():
+    scored, trial = teacher_card.split_rows(100, 40, 25)
+    assert len(set(scored)) == 40 and len(set(trial)) == 25
+    assert not set(scored) & set(trial) and max(scored + trial) < 100
+    scored, trial = teacher_card.split_rows(5, 40, 3)  # nothing is left over
+    assert scored == [0, 1, 2, 3, 4] and len(trial) == 3
+
+
+def test_what_would_do_is_told_by_whole_words():
+    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
+    names = {
+        drawing.name
+        for drawing, good in zip(
+            drawings, teacher_card.would_do(("key", "heart"), len(drawings)), strict=True
+        )
+        if good
+    }
+    assert {"key", "heart with arrow"} <= names
+    assert not {"monkey", "monkey face", "keyboard", "hearts"} & names
+
+
+@pytest.mark.parametrize("prompt", teacher_card.FREE_PROMPTS)
+def test_each_free_prompt_can_be_met_but_not_by_chance_alone(prompt):
+    rows = len(load_target("emoji", "train"))
+    good = teacher_card.would_do(teacher_card.FREE_PROMPTS[prompt], rows)
+    assert 0 < sum(good) < 0.05 * rows
+
+
+def test_there_are_24_prompts_without_the_names_of_what_would_do():
+    assert len(teacher_card.FREE_PROMPTS) == 24
+    named = [
+        prompt
+        for prompt, names in teacher_card.FREE_PROMPTS.items()
+        if all(f" {name} " in f" {prompt} " for name in names)
+    ]
+    assert not named
+
+
+def test_a_small_measurement(tmp_path, monkeypatch):
+    """A few captions, one step: everything is written, nothing of the shipped teacher changes."""
+    limited = {split: load_target("emoji", split, limit=24) for split in ("train", "validation")}
+    monkeypatch.setattr(teacher_card, "load_target", lambda name, split: limited[split])
+    before = {path: path.read_bytes() for path in (ASSETS / "pocket").glob("*.json")}
+    cfg = teacher_card.Config(
+        train_images=4,
+        validation_images=3,
+        guidances=(1.0, 2.0),
+        trial_images=2,
+        steps=1,
+        assets=tmp_path / "assets",
+        out=tmp_path / "out",
+    )
+    shutil.copytree(ASSETS / "pocket", tmp_path / "assets")
+    teacher_card.measure(cfg)
+    found = json.loads((tmp_path / "assets" / "metrics.json").read_text(encoding="utf-8"))
+    assert found.keys() >= WANTED | {"free_1", "free_1_chance", "style_val", "r1_val_autoencoder"}
+    assert found["r1_by_guidance"].keys() == {"1", "2"}
+    assert found["guidance"] in (1.0, 2.0)
+    assert 0 <= found["r1_train"] <= found["r5_train"] <= 1
+    assert found["images_train"] == 4 and found["images_val"] == 3
+    settings = json.loads((tmp_path / "assets" / "teacher.json").read_text(encoding="utf-8"))
+    assert settings == {"guidance_scale": found["guidance"], "resolution": 64}
+    for name in ("grid_train", "grid_val", "grid_free"):
+        with Image.open(tmp_path / "assets" / f"{name}.png") as image:
+            assert image.width > 300
+    drawn = sorted((tmp_path / "out" / "report" / "drawings").rglob("*.png"))
+    times = [path.stat().st_mtime_ns for path in drawn]
+    teacher_card.measure(cfg)  # nothing is drawn again
+    assert [path.stat().st_mtime_ns for path in drawn] == times
+    assert before == {path: path.read_bytes() for path in (ASSETS / "pocket").glob("*.json")}
+
+
+def test_the_card_s_psnr_is_pretraining_s():
+    from pretrain import reconstruction_psnr
+    from teacher import load_teacher
+
+    teacher, data = load_teacher("pocket"), load_target("emoji", "validation", limit=8)
+    expected = reconstruction_psnr(teacher.pipe.vae, data)
+    assert teacher_card.psnr(teacher, data) == pytest.approx(expected, abs=1e-3)
+
+
+def test_pictures_keep_their_pixels():
+    image = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0))
+    picture = teacher_card.to_picture(image / 127.5 - 1)
+    assert list(picture.getdata())[9] == tuple(image[:, 1, 1].tolist())
+
+
+@pytest.mark.parametrize(
+    "change", [{"train_images": 1}, {"trial_images": 0}, {"guidances": ()}], ids=str
+)
+def test_bad_settings_are_refused(change, tmp_path):
+    cfg = teacher_card.Config(**{"out": tmp_path, "assets": tmp_path} | change)
+    with pytest.raises(UserError, match=next(iter(change)).replace("_", "-")):
+        teacher_card.measure(cfg)
+
+
+def test_the_shipped_teacher_carries_its_figures():
+    found = json.loads((ASSETS / "pocket" / "metrics.json").read_text(encoding="utf-8"))
+    training = json.loads((ASSETS / "pocket" / "training.json").read_text(encoding="utf-8"))
+    settings = json.loads((ASSETS / "pocket" / "teacher.json").read_text(encoding="utf-8"))
+    assert found.keys() >= WANTED
+    assert found["images_seen"] == training["images_seen"]
+    assert found["guidance"] == settings["guidance_scale"]
+    weights = sum(path.stat().st_size for path in (ASSETS / "pocket").rglob("*"))
+    assert weights <= 35e6
