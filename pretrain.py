@@ -21,6 +21,7 @@ import torch
 import tyro
 from diffusers import PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -103,7 +104,7 @@ class Config:
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
     unet_lr: float = 1e-3
-    """Learning rate of the U-Net; at twice this it diverged (trial, model card)."""
+    """Learning rate of the U-Net; at twice this it diverged."""
     noisy_share: float = 0.5
     """Share of timesteps drawn from the noisiest three tenths; the others are uniform.
 
@@ -220,24 +221,27 @@ def vae_loss(
     small = F.avg_pool2d(images, 2)
     coarse = F.l1_loss(halved, small) + cfg.square_weight * F.mse_loss(halved, small)
     pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
-    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
+    across, down = (F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
     variance, mean = torch.var_mean(latents, (0, 2, 3))  # (C,)
     overall = variance.mean()
     moments = (mean.square().mean() + overall - 1 - overall.log()) / 2
-    parts = {"pixel": pixel, "square": square, "edge": edge, "coarse": coarse, "moments": moments}
+    parts = {
+        "pixel": pixel,
+        "square": square,
+        "edge": across + down,
+        "coarse": coarse,
+        "moments": moments,
+    }
     weights = (1.0, cfg.square_weight, cfg.edge_weight, cfg.coarse_weight, cfg.moment_weight)
-    loss = sum(w * part for w, part in zip(weights, parts.values(), strict=True))
+    loss = torch.stack([w * part for w, part in zip(weights, parts.values(), strict=True)]).sum()
     return {"loss": loss} | parts
 
 
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     """Train (or finish training) the autoencoder; gives the averaged one."""
     torch.manual_seed(cfg.seed)
-    training = Training(
-        AutoencoderDC(**VAE_CONFIG).to(memory_format=torch.channels_last),
-        cfg.out / "vae.safetensors",
-        cfg.vae_ema_decay,
-    )
+    vae = AutoencoderDC(**VAE_CONFIG).to(memory_format=torch.channels_last)
+    training = Training(vae, cfg.out / "vae.safetensors", cfg.vae_ema_decay)
     columns = ["loss", "pixel", "square", "edge", "coarse", "moments"]
     log = MetricsLog(cfg.out / "vae.csv", columns, training.step)
     bar = trange(
@@ -252,24 +256,25 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
         rows = batch_rows(len(data), cfg.vae_batch_size, cfg.seed, step)
         draw = step_generator(cfg.seed, "vae", step)
         images = augment(data.images(rows), draw).to(memory_format=torch.channels_last)
-        losses = vae_loss(training.model, images, draw, cfg)
+        losses = vae_loss(vae, images, draw, cfg)
         training.update(losses["loss"], learning_rate(step, cfg.vae_steps, cfg.vae_lr), len(rows))
         log.write(step, {name: losses[name].item() for name in columns})
         bar.set_postfix({name: f"{losses[name].item():.4f}" for name in columns}, refresh=False)
         if training.step % cfg.save_every == 0 or training.step == cfg.vae_steps:
             training.save()
     log.close()
-    vae = training.ema.module.to(memory_format=torch.contiguous_format)
-    return vae.requires_grad_(False).eval()
+    averaged: Any = training.ema.module.to(memory_format=torch.contiguous_format)
+    return averaged.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderDC, data: CaptionedImages) -> float:
+def reconstruction_psnr(vae: Any, data: CaptionedImages) -> float:
     """Peak signal-to-noise ratio of reconstructions, in dB, over all pixels of `data`."""
     total = 0.0
     for rows in torch.arange(len(data)).split(64):
         images = data.images(rows)
-        output = vae.decode(vae.encode(images).latents).sample.clamp(-1, 1)
+        latents = retrieve_latents(vae.encode(images), sample_mode="argmax")
+        output = vae.decode(latents).sample.clamp(-1, 1)
         total += ((output - images) / 2).square().mean((1, 2, 3)).sum().item()
     return -10 * math.log10(total / len(data))
 
@@ -326,16 +331,15 @@ def draw_timesteps(count: int, T: int, cfg: Config, draw: torch.Generator) -> Te
 def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2DConditionModel:
     """Train (or finish training) the U-Net on latents; gives the averaged one."""
     torch.manual_seed(cfg.seed)
-    training = Training(
-        UNet2DConditionModel(**UNET_CONFIG), cfg.out / "unet.safetensors", cfg.unet_ema_decay
-    )
+    unet = UNet2DConditionModel(**UNET_CONFIG)
+    training = Training(unet, cfg.out / "unet.safetensors", cfg.unet_ema_decay)
     if training.step < cfg.unet_steps and not cfg.export:
-        pipe = pocket_pipeline(vae, training.model, PNDMScheduler(**SCHEDULER_CONFIG))
+        pipe = pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
         teacher = Teacher("pocket", pipe, cfg.guidance_scale)
         schedule = teacher.noise_schedule()
         encoded = encode_everything(teacher, data)
         # PyTorch's fused attention is slow backwards in bfloat16 on a CPU: 0.41 of a step
-        training.model.set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(AttnProcessor())
         log = MetricsLog(cfg.out / "unet.csv", ["loss"], training.step)
         bar = trange(
             training.step, cfg.unet_steps, initial=training.step, total=cfg.unet_steps, desc="U-Net"
@@ -348,7 +352,7 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
             noise = torch.randn(x0.shape, generator=draw)
             t = draw_timesteps(len(rows), schedule.config.num_train_timesteps, cfg, draw)
             with mixed_precision():
-                prediction = training.model(
+                prediction = unet(
                     schedule.add_noise(x0, noise, t), t, encoded.text[captions]
                 ).sample
             loss = F.mse_loss(prediction.float(), schedule.get_velocity(x0, noise, t))

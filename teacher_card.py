@@ -13,6 +13,7 @@ that would do. Killed, the same command draws what is missing.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from emoji import list_emoji
 from evaluate import Embedded, Reconstructed, Subset
 from features import extract
 from pipelines import load_pocket
+from pretrain import reconstruction_psnr
 from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
 from sample import APTPPipeline
 from teacher import ASSETS, Teacher
@@ -117,8 +119,6 @@ class Scoring:
 
     def best_guidance(self, train: CaptionedImages, rows: list[int]) -> dict[str, float]:
         """R-precision@1 of the captions of `rows` at every scale in question, by scale."""
-        if not self.cfg.guidances:
-            raise UserError("--guidances is empty; give at least one scale, such as 3")
         return {f"{g:g}": self.score(train, "train", rows, g)["r1"] for g in self.cfg.guidances}
 
 
@@ -176,7 +176,7 @@ def grid(
     """Pictures under their titles; where a title has several, side by side."""
     lines = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(2 * columns, 1.55 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, title, pictures in zip(axes, titles, rows, strict=False):
@@ -185,7 +185,7 @@ def grid(
         for i, picture in enumerate(pictures):
             canvas.paste(picture, (i * (width + 4), 0))
         axis.imshow(canvas, interpolation="nearest")
-        axis.set_title(title, fontsize=7, wrap=True)
+        axis.set_title(textwrap.fill(title, 28), fontsize=7)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
@@ -195,6 +195,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     for name, value in (("train-images", cfg.train_images), ("trial-images", cfg.trial_images)):
         if value < 2:
             raise UserError(f"--{name} {value} is too small; choose 2 or more")
+    if not cfg.guidances:
+        raise UserError("--guidances is empty; give at least one scale, such as 3")
     pipe, settings = load_pocket(cfg.assets)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval().to(pick_device(cfg.device))
@@ -210,7 +212,7 @@ def measure(cfg: Config) -> dict[str, Any]:
         "guidance": guidance,
         "r1_by_guidance": by_guidance,
         "images_seen": training["images_seen"],
-        "psnr_val": psnr(teacher, validation),
+        "psnr_val": reconstruction_psnr(teacher.pipe.vae, validation),
     }
     galleries = [scoring.suite.gallery(data) for data in (train, validation)]
     some = galleries[0][spread(len(train), len(validation))]
@@ -241,16 +243,6 @@ def measure(cfg: Config) -> dict[str, Any]:
     write_json(cfg.assets / "teacher.json", settings | {"guidance_scale": guidance})
     write_json(cfg.assets / "metrics.json", rounded(found))
     return found
-
-
-def psnr(teacher: Teacher, data: CaptionedImages) -> float:
-    """Peak signal-to-noise ratio of reconstructions, in dB, over all pixels of `data`."""
-    everything = Subset(data, list(range(len(data))))
-    through, total = Reconstructed(teacher, everything), 0.0
-    for rows in torch.arange(len(data)).split(64):
-        difference = (through.images(rows) - everything.images(rows)) / 2
-        total += difference.square().mean((1, 2, 3)).sum().item()
-    return -10 * math.log10(total / len(data))
 
 
 def rounded(found: dict[str, Any]) -> dict[str, Any]:

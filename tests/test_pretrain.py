@@ -49,18 +49,24 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
     assert pipe(["a giraffe"], num_inference_steps=1).images[0].size == (64, 64)
 
 
-def test_the_moment_penalty_is_gaussian_divergence(monkeypatch):
-    """Against torch.distributions, per channel means and one variance."""
+def test_the_autoencoder_s_loss_is_the_sum_of_its_parts():
+    """Moments against torch.distributions, halved sizes against plain means."""
     torch.manual_seed(0)
     images = torch.rand(6, 3, 64, 64) * 2 - 1
     vae = pretrain.AutoencoderDC(**pretrain.VAE_CONFIG)
-    cfg = pretrain.Config(square_weight=0, edge_weight=0, moment_weight=7, latent_noise=0)
+    cfg = pretrain.Config(
+        square_weight=0, edge_weight=0, coarse_weight=3, moment_weight=7, latent_noise=0
+    )
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         losses = pretrain.vae_loss(vae, images, draw, cfg)
         with pretrain.mixed_precision():
             latents = vae.encode(images).latents.float()
             output = vae.decode(latents).sample.float()
+            quarters = latents.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
+            halved = vae.decode(quarters).sample.float()
+    small = images.unflatten(2, (32, 2)).unflatten(4, (32, 2)).mean((3, 5))
+    coarse = (halved - small).abs().mean()
     deviation = latents.transpose(0, 1).flatten(1).var(1).mean().sqrt()
     normal = torch.distributions.Normal
     expected = sum(
@@ -69,7 +75,7 @@ def test_the_moment_penalty_is_gaussian_divergence(monkeypatch):
     ) / len(latents[0])
     assert losses["moments"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert losses["loss"].item() == pytest.approx(
-        ((output - images).abs().mean() + 7 * expected).item(), rel=1e-4
+        ((output - images).abs().mean() + 3 * coarse + 7 * expected).item(), rel=1e-4
     )
 
 
