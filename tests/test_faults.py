@@ -317,6 +317,8 @@ def test_ctrl_c_is_one_line_and_can_be_gone_on_from(forks, undisturbed):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background job, and all that it starts, would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log, deadline = folder / "metrics.csv", time.time() + 120
     while time.time() < deadline and process.poll() is None:
