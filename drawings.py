@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from features import Pictures
@@ -57,11 +57,6 @@ class Drawn:
         return Pictures([self.path(row) for row in rows]).images(range(len(rows)))
 
 
-def weights(model: nn.Module) -> str:
-    """A name for a model's weights."""
-    return fingerprint(model.state_dict(), {})
-
-
 def identity(pipeline: APTPPipeline, cfg: Config, forced: int | None) -> str:
     """What the pictures depend on beside caption and row, as a short hash."""
     parts: list[object] = [cfg.steps, cfg.guidance, cfg.seed, forced]
@@ -70,7 +65,8 @@ def identity(pipeline: APTPPipeline, cfg: Config, forced: int | None) -> str:
         files = [run / "router.safetensors", run / "codes.safetensors"]
         parts += [checksum(path) for path in (*files, *(expert_path(run, i) for i in range(N)))]
     else:
-        parts += [weights(part) for part in (pipeline.teacher.unet, pipeline.teacher.pipe.vae)]
+        drawing = (pipeline.teacher.unet, pipeline.teacher.pipe.vae)
+        parts += [fingerprint(part.state_dict(), {}) for part in drawing]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -93,9 +89,9 @@ def draw(
     who = "teacher" if expert == -1 else "routed"
     base = pipeline.run / "report" / "drawings"
     folder = base / f"{split}-{who}-{identity(pipeline, cfg, expert)}"
-    record = folder / "drawn.json"  # row -> expert, seconds; written after the row's picture
-    done: dict[str, tuple[int, float]] = read_json(record) if record.exists() else {}
-    todo = [row for row in rows if str(row) not in done]
+    record = folder / "drawn.json"  # row -> caption, expert, seconds; after the row's picture
+    done: dict[str, tuple[str, int, float]] = read_json(record) if record.exists() else {}
+    todo = [row for row in rows if done.get(str(row), ("",))[0] != captions[row]]
     if expert is None:
         chosen = pipeline.route([captions[row] for row in todo]) if todo else []
     else:
@@ -115,9 +111,9 @@ def draw(
         for row, image in zip(part, sampled.images, strict=True):
             save_png(image, folder / f"{row:06d}.png")
         for row, i, seconds in zip(part, sampled.experts, sampled.seconds, strict=True):
-            done[str(row)] = (i, seconds)
+            done[str(row)] = (captions[row], i, seconds)
         write_json(record, done)
         bar.update(len(part))
     bar.close()
     entries = [done[str(row)] for row in rows]
-    return Drawn(folder, rows, [i for i, _ in entries], [seconds for _, seconds in entries])
+    return Drawn(folder, rows, [i for _, i, _ in entries], [seconds for *_, seconds in entries])

@@ -49,7 +49,7 @@ RANDOM = "-random"
 TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random")  # need no files
 CLASSES = {  # of the parts, as model_index.json names them
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"),
+    "vae": ("AutoencoderKL", "AutoencoderDC"),
     "text_encoder": ("CLIPTextModel", "BertModel"),
 }
 WEIGHTS = {

@@ -4,9 +4,9 @@
     python pretrain.py --export   # writes assets/pocket/ from the present state
 
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
-compute in bfloat16 (AMX makes that twice as fast on a recent CPU) and ship an exponential moving
-average of the weights. Latents are kept near zero mean and unit variance a channel by a penalty, so
-the pipeline needs no scale of its own.
+compute in bfloat16 and ship an exponential moving average of the weights; the model card has what
+was tried and what it gained. A penalty keeps latents near zero mean and, over all channels, unit
+variance, so the pipeline needs no scale of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import trange
 
 from data import CaptionedImages, load_target, spread
 from emoji import captions_of, list_emoji
-from pipelines import SCHEDULE, AutoencoderDC
+from pipelines import SCHEDULE, AutoencoderDC, pocket_pipeline
 from runfolder import (
     MetricsLog,
     UserError,
@@ -43,7 +43,7 @@ from runfolder import (
     step_generator,
     write_json,
 )
-from teacher import ASSETS, Teacher, pocket_pipeline
+from teacher import ASSETS, Teacher
 
 LATENT_CHANNELS = 16
 VAE_CONFIG: dict[str, Any] = {
@@ -90,8 +90,8 @@ class Config:
     coarse_weight: float = 0.5
     """Weight of the reconstruction at half the size from latents at half the size.
 
-    Without it latents come out nearly white, which a diffusion model is slow to learn; with it,
-    neighbours have much in common, as those of an image do (Kouzelis et al. 2025, EQ-VAE).
+    Meant to give neighbours something in common, as an image's have (Kouzelis et al. 2025, EQ-VAE).
+    What it brings here is unproven: it came late in training and changed the latents little.
     """
     moment_weight: float = 0.1
     """Weight of the divergence of the latents' means and mean variance from 0 and 1."""
@@ -108,8 +108,8 @@ class Config:
     noisy_share: float = 0.5
     """Share of timesteps drawn from the noisiest three tenths; the others are uniform.
 
-    Up to t = 700 the noised latent alone gives away which of the training drawings it was (with
-    probability 0.93, by Bayes' rule); captions are learned beyond.
+    By Bayes' rule over the training drawings, a noised latent alone gives away which one it was
+    with probability 0.96 at t = 700, 0.50 at 900 and 0.04 at 999: captions are learned there.
     """
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
@@ -283,12 +283,12 @@ def reconstruction_psnr(vae: Any, data: CaptionedImages) -> float:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TrainingSet:
     """All drawings as latents, and their captions' text states, ready to be picked from."""
 
     latents: Tensor  # (rows, C, 8, 8)
     text: Tensor  # (captions, tokens, 384), bfloat16; the empty caption first
-    choices: Tensor  # (rows, most captions of a row), numbers of captions, repeated to fill
+    choices: Tensor  # (rows, most captions of a row), numbers of captions, 0 after its last
     count: Tensor  # (rows,), captions of a row
 
     def captions(self, rows: Tensor, dropout: float, draw: torch.Generator) -> Tensor:
@@ -299,7 +299,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_everything(teacher: Teacher, data: CaptionedImages) -> Encoded:
+def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     """Every drawing through the autoencoder, every caption through the text encoder, once."""
     latents = torch.cat(
         [teacher.encode_images(data.images(rows)) for rows in torch.arange(len(data)).split(128)]
@@ -318,7 +318,7 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> Encoded:
         ]
     )
     count = torch.tensor([len(row) for row in choices])
-    return Encoded(latents, text, nn.utils.rnn.pad_sequence(choices, batch_first=True), count)
+    return TrainingSet(latents, text, nn.utils.rnn.pad_sequence(choices, batch_first=True), count)
 
 
 def draw_timesteps(count: int, T: int, cfg: Config, draw: torch.Generator) -> Tensor:

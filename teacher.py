@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,6 @@ from tqdm import tqdm
 from cache import kept_rows, lasting_name, rows_key
 from data import CaptionedImages, spread
 from pipelines import GUIDANCE, RANDOM, load_folder, load_pocket, random_pipeline
-from pipelines import STABLE_DIFFUSION as STABLE_DIFFUSION
-from pipelines import pocket_pipeline as pocket_pipeline
 from runfolder import UserError, fingerprint
 from unets import ASSETS as ASSETS
 
@@ -95,7 +94,7 @@ class Teacher:
             UserError: the autoencoder overflows in this precision.
         """
         encoded = self.pipe.vae.encode(images.to(self.device, self.pipe.vae.dtype))
-        # an autoencoder without a posterior, such as the pocket teacher's, gives its latents
+        # an AutoencoderDC has no posterior: it gives its latents
         latents = retrieve_latents(encoded, generator, "argmax" if generator is None else "sample")
         if not torch.isfinite(latents).all():
             raise UserError(
@@ -119,6 +118,7 @@ def load_teacher(
     *,
     precision: str = "fp32",
     resolution: int | None = None,
+    pocket: Path = ASSETS / "pocket",
 ) -> Teacher:
     """A teacher by name, frozen and in eval mode on `device`.
 
@@ -127,6 +127,7 @@ def load_teacher(
         device: where its parts go.
         precision: of all its parts: fp32, bf16 or fp16.
         resolution: pixels a side; its own if absent.
+        pocket: folder of the pocket teacher's files.
 
     Raises:
         UserError: there is no such teacher, it cannot be loaded, or not in this way.
@@ -138,7 +139,7 @@ def load_teacher(
     settings: dict[str, Any] = {"guidance_scale": GUIDANCE}
     shape = name.removesuffix(RANDOM)
     if name == "pocket":
-        pipe, settings = load_pocket(ASSETS / "pocket")
+        pipe, settings = load_pocket(pocket)
     elif shape != name and (ASSETS / "unets" / f"{shape}.json").is_file():
         pipe = random_pipeline(shape)
     else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,15 @@ from drawings import Drawn, draw
 from emoji import list_emoji
 from evaluate import Embedded, Reconstructed, Subset
 from features import extract
-from pipelines import load_pocket
 from pretrain import reconstruction_psnr
 from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
 from sample import APTPPipeline
-from teacher import ASSETS, Teacher
+from teacher import ASSETS, Teacher, load_teacher
 
-# what to draw, and the names that would do (a part of the name is enough)
+# what to draw, and names, or parts of names, of what would do; no prompt holds any of its own
 FREE_PROMPTS: dict[str, tuple[str, ...]] = {
     "a tall animal with a long neck": ("giraffe", "llama"),
-    "something to eat with cheese": ("pizza", "cheese", "hamburger", "sandwich", "taco"),
+    "something to eat with cheese": ("pizza", "hamburger", "sandwich", "taco"),
     "it rains and I do not want to get wet": ("umbrella",),
     "the king of the jungle": ("lion",),
     "a vehicle that puts out fires": ("fire engine", "fire extinguisher"),
@@ -56,14 +55,23 @@ FREE_PROMPTS: dict[str, tuple[str, ...]] = {
     "love": ("heart",),
     "a machine for taking photographs": ("camera",),
     "a slow animal that carries its house": ("snail", "turtle"),
-    "sports with a round ball": ("ball", "soccer", "golf", "pool 8"),
-    "music": ("music", "guitar", "violin", "trumpet", "saxophone", "drum", "piano", "headphone"),
-    "a big ship on the ocean": ("ship", "ferry", "boat"),
-    "money": ("money", "banknote", "dollar", "coin", "credit card"),
+    "you kick it into a goal": ("soccer ball",),
+    "sounds that people dance to": (
+        "music",
+        "guitar",
+        "violin",
+        "trumpet",
+        "saxophone",
+        "drum",
+        "piano",
+        "headphone",
+    ),
+    "it carries people across the ocean": ("ship", "ferry", "boat"),
+    "what you pay with": ("money", "banknote", "dollar", "coin", "credit card"),
     "weather in winter": ("snow", "cold", "ice"),
-    "an insect that makes honey": ("bee", "honey"),
+    "an insect that makes honey": ("bee", "honeybee"),
     "something with wings to travel by": ("airplane", "helicopter", "aircraft", "departure"),
-    "a house on fire at night with the moon above": ("fire", "flame", "moon", "house", "night"),
+    "it burns and gives warmth": ("fire", "flame"),
 }
 
 
@@ -100,33 +108,28 @@ class Scoring:
         self.cfg, self.teacher = cfg, teacher
         self.pipeline = APTPPipeline(cfg.out, teacher, None, None, [])
         self.suite = Embedded(teacher.device)
+        self.settings = evaluate.Config(steps=cfg.steps, seed=cfg.seed, batch_size=cfg.batch_size)
+        evaluate.check(self.settings)
 
     def draw(self, captions: Sequence[str], what: str, rows: list[int], guidance: float) -> Drawn:
         """The teacher's drawings of some captions, from the folder or into it."""
-        settings = evaluate.Config(
-            steps=self.cfg.steps,
-            guidance=guidance,
-            seed=self.cfg.seed,
-            batch_size=self.cfg.batch_size,
-        )
+        settings = replace(self.settings, guidance=guidance)
         return draw(self.pipeline, captions, what, rows, settings, -1)
 
-    def score(
-        self, data: CaptionedImages, split: str, rows: list[int], guidance: float
-    ) -> dict[str, float]:
-        """Scores of the drawings of the captions of `rows`."""
-        return self.suite(self.draw(data.captions, split, rows, guidance), Subset(data, rows))
-
-    def best_guidance(self, train: CaptionedImages, rows: list[int]) -> dict[str, float]:
+    def by_guidance(self, train: CaptionedImages, rows: list[int]) -> dict[str, float]:
         """R-precision@1 of the captions of `rows` at every scale in question, by scale."""
-        return {f"{g:g}": self.score(train, "train", rows, g)["r1"] for g in self.cfg.guidances}
+        found = {}
+        for guidance in self.cfg.guidances:
+            drawn = self.draw(train.captions, "train", rows, guidance)
+            found[f"{guidance:g}"] = self.suite(drawn, Subset(train, rows))["r1"]
+        return found
 
 
 def split_rows(total: int, scored: int, trial: int) -> tuple[list[int], list[int]]:
     """Rows to score, and others to choose the guidance scale on, both spread over the split."""
-    chosen = spread(total, min(scored, total))
+    chosen = spread(total, scored)
     others = sorted(set(range(total)) - set(chosen)) or chosen
-    return chosen, [others[i] for i in spread(len(others), min(trial, len(others)))]
+    return chosen, [others[i] for i in spread(len(others), trial)]
 
 
 def would_do(names: Sequence[str], rows: int) -> list[bool]:
@@ -155,7 +158,6 @@ def free_language(
     hits = good.gather(1, nearest)  # (prompts, 5)
     share = good.double().mean(1)  # (prompts,)
     found = {
-        "free_prompts": float(len(prompts)),
         "free_1": hits[:, 0].double().mean().item(),
         "free_5": hits.any(1).double().mean().item(),
         "free_1_chance": share.mean().item(),
@@ -192,20 +194,21 @@ def grid(
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Draw, score, and write metrics.json and the grids. Raises `UserError` for bad settings."""
-    for name, value in (("train-images", cfg.train_images), ("trial-images", cfg.trial_images)):
-        if value < 2:
+    for name, value in (
+        ("train-images", cfg.train_images),
+        ("validation-images", cfg.validation_images),
+        ("trial-images", cfg.trial_images),
+    ):
+        if value is not None and value < 2:
             raise UserError(f"--{name} {value} is too small; choose 2 or more")
     if not cfg.guidances:
         raise UserError("--guidances is empty; give at least one scale, such as 3")
-    pipe, settings = load_pocket(cfg.assets)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval().to(pick_device(cfg.device))
-    teacher = Teacher("pocket", pipe, settings["guidance_scale"], settings["resolution"])
+    teacher = load_teacher("pocket", pick_device(cfg.device), pocket=cfg.assets)
     train, validation = (load_target("emoji", split) for split in ("train", "validation"))
     scoring = Scoring(cfg, teacher)
     scored, trial = split_rows(len(train), cfg.train_images, cfg.trial_images)
-    held_out = spread(len(validation), min(cfg.validation_images or 10**9, len(validation)))
-    by_guidance = scoring.best_guidance(train, trial)
+    held_out = spread(len(validation), cfg.validation_images)
+    by_guidance = scoring.by_guidance(train, trial)
     guidance = float(max(by_guidance, key=lambda scale: by_guidance[scale]))
     training = read_json(cfg.assets / "training.json")
     found: dict[str, Any] = {
@@ -221,14 +224,13 @@ def measure(cfg: Config) -> dict[str, Any]:
         ("train", "train", train, scored),
         ("val", "validation", validation, held_out),
     ):
-        scores = scoring.score(data, split, rows, guidance)
-        real = Subset(data, rows)
+        drawn, real = scoring.draw(data.captions, split, rows, guidance), Subset(data, rows)
+        scores = scoring.suite(drawn, real)
         ceiling = scoring.suite(Reconstructed(teacher, real), real)
         found |= {f"{name}_{short}": value for name, value in scores.items()}
         found |= {f"{name}_{short}_autoencoder": value for name, value in ceiling.items()}
         found[f"images_{short}"] = len(rows)
-        shown = [rows[i] for i in spread(len(rows), min(32, len(rows)))]
-        drawn = scoring.draw(data.captions, split, rows, guidance)
+        shown = [rows[i] for i in spread(len(rows), 32)]
         rebuilt = Reconstructed(teacher, Subset(data, shown)).images(range(len(shown)))
         pictures = [
             [to_picture(image), to_picture(through), drawn.picture(row)]
@@ -236,11 +238,12 @@ def measure(cfg: Config) -> dict[str, Any]:
         ]
         grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
     scores, drawn, nearest = free_language(scoring, train, guidance)
-    found |= scores
+    found |= {"free_prompts": len(FREE_PROMPTS)} | scores
     beside = train.images(nearest)
     pictures = [[drawn.picture(i), to_picture(beside[i])] for i in range(len(nearest))]
     grid(cfg.assets / "grid_free.png", list(FREE_PROMPTS), pictures, columns=6)
-    write_json(cfg.assets / "teacher.json", settings | {"guidance_scale": guidance})
+    settings = read_json(cfg.assets / "teacher.json") | {"guidance_scale": guidance}
+    write_json(cfg.assets / "teacher.json", settings)
     write_json(cfg.assets / "metrics.json", rounded(found))
     return found
 

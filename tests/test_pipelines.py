@@ -16,7 +16,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import pipelines
 from pipelines import SCHEDULE, STABLE_DIFFUSION, TEACHERS, random_pipeline
+from pretrain import SCHEDULER_CONFIG, UNET_CONFIG, VAE_CONFIG
 from runfolder import UserError, step_generator, write_json
 from teacher import ASSETS, add_noise, load_teacher
 from unets import load_shape
@@ -435,3 +437,22 @@ def test_sizes_and_precisions_that_cannot_be(folders, tmp_path):
     with pytest.raises(UserError, match="--resolution"):
         load_teacher(str(folder))
     assert load_teacher(str(folder), resolution=32).latent_size == 16
+
+
+def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(tmp_path):
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    vae = pipelines.AutoencoderDC(**VAE_CONFIG).eval()
+    stock = AutoencoderDC(**VAE_CONFIG).eval()
+    stock.load_state_dict(vae.state_dict())
+    unet = UNet2DConditionModel(**UNET_CONFIG | {"block_out_channels": (32, 32, 32)})
+    pipe = pipelines.pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
+    pipe.save_pretrained(tmp_path)
+    loaded, _ = pipelines.load_folder(str(tmp_path))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = stock.encode(images).latent
+        assert torch.equal(loaded.vae.encode(images).latents, latents)
+        assert torch.equal(loaded.vae.decode(latents).sample, stock.decode(latents).sample)
+    assert loaded.vae_scale_factor == 64 // latents.shape[-1] == 8

@@ -80,17 +80,17 @@ def test_the_autoencoder_s_loss_is_the_sum_of_its_parts():
 
 
 def test_psnr_of_a_known_error():
-    class Shifted(torch.nn.Module):
+    class Black(torch.nn.Module):
         def encode(self, images):
             return SimpleNamespace(latents=images)
 
         def decode(self, latents):
             return SimpleNamespace(sample=torch.full_like(latents, -1.0))
 
-    black = np.full((64, 64, 3), 255, np.uint8)
-    black[:32] = 0  # half the pixels are reproduced, half are off by the whole range
-    data = dataclasses.replace(load_target("emoji", "train", limit=4), read=lambda row: black)
-    assert pretrain.reconstruction_psnr(Shifted(), data) == pytest.approx(10 * math.log10(2))
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[:32] = 0  # half the pixels are reproduced, half are off by the whole range
+    data = dataclasses.replace(load_target("emoji", "train", limit=4), read=lambda row: picture)
+    assert pretrain.reconstruction_psnr(Black(), data) == pytest.approx(10 * math.log10(2))
 
 
 def test_noisy_timesteps_come_as_often_as_asked():
@@ -104,7 +104,7 @@ def test_noisy_timesteps_come_as_often_as_asked():
 def test_captions_are_a_row_s_own_and_sometimes_empty():
     choices = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])]
     padded = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True)
-    encoded = pretrain.Encoded(torch.empty(3), torch.empty(7), padded, torch.tensor([3, 1, 2]))
+    encoded = pretrain.TrainingSet(torch.empty(3), torch.empty(7), padded, torch.tensor([3, 1, 2]))
     rows = torch.arange(3).repeat(5000)
     numbers = encoded.captions(rows, 0.2, torch.Generator().manual_seed(0))
     for row, own in enumerate(choices):

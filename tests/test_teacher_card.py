@@ -52,7 +52,7 @@ def test_there_are_24_prompts_without_the_names_of_what_would_do():
     named = [
         prompt
         for prompt, names in teacher_card.FREE_PROMPTS.items()
-        if all(f" {name} " in f" {prompt} " for name in names)
+        if any(f" {name} " in f" {prompt} " for name in names)
     ]
     assert not named
 
@@ -88,6 +88,12 @@ def test_a_small_measurement(tmp_path, monkeypatch):
     times = [path.stat().st_mtime_ns for path in drawn]
     teacher_card.measure(cfg)  # nothing is drawn again
     assert [path.stat().st_mtime_ns for path in drawn] == times
+    monkeypatch.setattr(teacher_card, "FREE_PROMPTS", {"a fish": ("fish",)})
+    teacher_card.measure(cfg)  # but another prompt is
+    changed = [
+        path for path, time in zip(drawn, times, strict=True) if path.stat().st_mtime_ns != time
+    ]
+    assert [path.name for path in changed] == ["000000.png"] and "free" in str(changed[0].parent)
     assert before == {path: path.read_bytes() for path in (ASSETS / "pocket").glob("*.json")}
 
 
@@ -109,10 +115,19 @@ def test_pictures_keep_their_pixels():
 
 
 @pytest.mark.parametrize(
-    "change", [{"train_images": 1}, {"trial_images": 0}, {"guidances": ()}], ids=str
+    "change",
+    [
+        {"train_images": 1},
+        {"validation_images": 0},
+        {"trial_images": 0},
+        {"guidances": ()},
+        {"steps": 0},
+        {"batch_size": 0},
+    ],
+    ids=str,
 )
 def test_bad_settings_are_refused(change, tmp_path):
-    cfg = teacher_card.Config(**{"out": tmp_path, "assets": tmp_path} | change)
+    cfg = teacher_card.Config(**{"out": tmp_path} | change)
     with pytest.raises(UserError, match=next(iter(change)).replace("_", "-")):
         teacher_card.measure(cfg)
 
