@@ -4,9 +4,10 @@
     python pretrain.py --export   # writes assets/pocket/ from the present state
 
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
-compute in bfloat16 and ship an exponential moving average of the weights; the model card has what
-was tried and what it gained. A penalty keeps latents near zero mean and, over all channels, unit
-variance, so the pipeline needs no scale of its own.
+compute in bfloat16 and ship an exponential moving average of the weights. AdamW moves the
+autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model card has what was tried and
+what it gained. A penalty keeps latents near zero mean and, over all channels, unit variance, so the
+pipeline needs no scale of its own.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Config:
     """Weight of the L1 distance between image gradients."""
     square_weight: float = 2.0
     """Weight of the squared distance, which is what brings colours back early."""
-    unet_steps: int = 9600
+    unet_steps: int = 9900
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
@@ -141,11 +142,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 
 class Training:
-    """A model with its optimizer and moving average, saved and restored as one file."""
+    """A model with its optimizers and moving average, saved and restored as one file.
 
-    def __init__(self, model: nn.Module, path: Path, ema_decay: float) -> None:
+    `muon` names the parameters that Muon (Jordan et al. 2024) moves, by orthogonalised momentum; a
+    convolution's kernel (out, in, h, w) counts as the matrix (out, in h w). AdamW moves the others.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: Path, ema_decay: float, muon: frozenset[str] = frozenset()
+    ) -> None:
         self.model, self.path = model, path
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        named = dict(model.named_parameters())
+        self.kernels = [p for name, p in named.items() if name in muon]
+        # parameters of their own over the same memory, since Muon takes nothing but matrices
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.kernels]
+        others = [p for name, p in named.items() if name not in muon]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(others, lr=1e-3, fused=True)
+        }
+        if muon:
+            self.optimizers["muon"] = torch.optim.Muon(
+                self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            )
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.step = self.images = 0
         if path.exists():
@@ -156,14 +174,15 @@ class Training:
             self.ema.load_state_dict(
                 {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
             )
-            load_optimizer(self.optimizer, tensors)
+            for name, optimizer in self.optimizers.items():
+                load_optimizer(optimizer, tensors, name)
             self.step, self.images = meta["step"], meta["images"]
 
     def save(self) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()} | optimizer_tensors(
-            self.optimizer
-        )
+        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            tensors |= optimizer_tensors(optimizer, name)
         save_tensors(self.path, tensors, {"step": self.step, "images": self.images})
 
     def update(self, loss: Tensor, rate: float, images: int) -> None:
@@ -172,12 +191,16 @@ class Training:
                 f"the loss became {loss.item()} at step {self.step}; the last good state is in "
                 f"{self.path}"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.ema.update_parameters(self.model)
         self.step += 1
         self.images += images
@@ -332,7 +355,16 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
     """Train (or finish training) the U-Net on latents; gives the averaged one."""
     torch.manual_seed(cfg.seed)
     unet = UNet2DConditionModel(**UNET_CONFIG)
-    training = Training(unet, cfg.out / "unet.safetensors", cfg.unet_ema_decay)
+    training = Training(
+        unet,
+        cfg.out / "unet.safetensors",
+        cfg.unet_ema_decay,
+        frozenset(
+            name
+            for name, p in unet.named_parameters()
+            if p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))
+        ),
+    )
     if training.step < cfg.unet_steps and not cfg.export:
         pipe = pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
         teacher = Teacher("pocket", pipe, cfg.guidance_scale)

@@ -117,6 +117,27 @@ def test_captions_are_a_row_s_own_and_sometimes_empty():
         )
 
 
+def test_muon_moves_kernels_along_the_polar_factor_of_their_gradient(tmp_path):
+    """First step, against the singular value decomposition; AdamW's own is the gradient's sign."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(6, 8, 3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (model(torch.randn(64, 6, 5, 5)) ** 2).mean().backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    training = pretrain.Training(model, tmp_path / "t.safetensors", 0.9, frozenset({"weight"}))
+    training.update(sum((p * gradient[n]).sum() for n, p in model.named_parameters()), 1e-3, 1)
+    moved = {name: (p.detach() - before[name]) / 1e-3 for name, p in model.named_parameters()}
+    signs = -gradient["bias"].sign() - 0.01 * before["bias"]
+    assert torch.allclose(moved["bias"], signs, atol=1e-3)
+    u, _, v = torch.linalg.svd(gradient["weight"].flatten(1), full_matrices=False)
+    step = -(moved["weight"] + 0.01 * before["weight"]).flatten(1) / (0.2 * math.sqrt(54))
+    assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97
+    values = torch.linalg.svdvals(step)  # Muon's five Newton-Schulz steps end near 1, not at it
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
 def test_turned_drawings_are_drawings_turned():
     images = torch.rand(64, 3, 8, 8)
     turned = pretrain.augment(images, torch.Generator().manual_seed(0))
