@@ -370,7 +370,7 @@ def test_at_a_published_size_the_expert_is_the_published_unet(
     )
     draw = torch.Generator().manual_seed(0)
     inputs = {
-        "sample": torch.randn(2, 8, 8, 8, generator=draw),
+        "sample": torch.randn(2, pocket.config.in_channels, 8, 8, generator=draw),
         "timestep": torch.tensor([3, 700]),
         "encoder_hidden_states": torch.randn(2, 5, 384, generator=draw),
     }
