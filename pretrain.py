@@ -105,7 +105,7 @@ class Config:
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
     unet_lr: float = 1e-3
-    """Learning rate of the U-Net; at twice this it diverged."""
+    """Learning rate of the U-Net; at twice this AdamW diverged and Muon learnt more slowly."""
     noisy_share: float = 0.5
     """Share of timesteps drawn from the noisiest three tenths; the others are uniform.
 
@@ -199,7 +199,6 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         self.ema.update_parameters(self.model)
         self.step += 1

@@ -136,6 +136,7 @@ def test_muon_moves_kernels_along_the_polar_factor_of_their_gradient(tmp_path):
     assert torch.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97
     values = torch.linalg.svdvals(step)  # Muon's five Newton-Schulz steps end near 1, not at it
     assert values.min() > 0.5 and values.max() < 1.3
+    assert all(p.grad is None for p in model.parameters())  # the next step begins anew
 
 
 def test_turned_drawings_are_drawings_turned():
