@@ -6,8 +6,7 @@
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
 compute in bfloat16 and ship an exponential moving average of the weights. AdamW moves the
 autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model card has what was tried and
-what it gained. A penalty keeps latents near zero mean and, over all channels, unit variance, so the
-pipeline needs no scale of its own.
+what it gained.
 """
 
 from __future__ import annotations
@@ -22,12 +21,20 @@ import torch
 import tyro
 from diffusers import PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
+import autoencoder
+from autoencoder import (
+    LATENT_CHANNELS,
+    VAE_CONFIG,
+    augment,
+    mixed_precision,
+    reconstruction_psnr,
+    vae_loss,
+)
 from data import CaptionedImages, load_target, spread
 from emoji import captions_of, list_emoji
 from pipelines import SCHEDULE, AutoencoderDC, pocket_pipeline
@@ -46,17 +53,6 @@ from runfolder import (
 )
 from teacher import ASSETS, Teacher
 
-LATENT_CHANNELS = 16
-VAE_CONFIG: dict[str, Any] = {
-    "encoder_block_out_channels": (64, 64, 128, 128),
-    "decoder_block_out_channels": (64, 64, 128, 128),
-    "encoder_layers_per_block": (0, 1, 2, 2),
-    "decoder_layers_per_block": (0, 1, 2, 2),
-    "encoder_qkv_multiscales": ((),) * 4,
-    "decoder_qkv_multiscales": ((),) * 4,
-    "latent_channels": LATENT_CHANNELS,
-    "scaling_factor": 1.0,
-}
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": LATENT_CHANNELS,
@@ -73,34 +69,20 @@ SCHEDULER_CONFIG: dict[str, Any] = {**SCHEDULE, "prediction_type": "v_prediction
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(autoencoder.Config):
     """Pre-training of the pocket teacher."""
 
     out: Path = Path("runs/pretrain")
     """Folder of the training's state."""
     assets: Path = ASSETS / "pocket"
     """Folder that the finished teacher is written to."""
-    vae_steps: int = 7000
+    vae_steps: int = 9000
     """Training steps of the autoencoder."""
     vae_batch_size: int = 16
     """Images a step of the autoencoder."""
     vae_lr: float = 2e-3
     """Learning rate of the autoencoder."""
-    latent_noise: float = 0.5
-    """Noise on latents while the autoencoder is trained: up to this deviation, drawn an image."""
-    coarse_weight: float = 0.5
-    """Weight of the reconstruction at half the size from latents at half the size.
-
-    Meant to give neighbours something in common, as an image's have (Kouzelis et al. 2025, EQ-VAE).
-    What it brings here is unproven: it came late in training and changed the latents little.
-    """
-    moment_weight: float = 0.1
-    """Weight of the divergence of the latents' means and mean variance from 0 and 1."""
-    edge_weight: float = 0.3
-    """Weight of the L1 distance between image gradients."""
-    square_weight: float = 2.0
-    """Weight of the squared distance, which is what brings colours back early."""
-    unet_steps: int = 9900
+    unet_steps: int = 15600
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
@@ -128,11 +110,6 @@ class Config:
     """Use only this many training images, for a quick trial; all if not given."""
     export: bool = False
     """Write the assets from the present state and stop."""
-
-
-def mixed_precision() -> torch.autocast:
-    """Matrix products and convolutions in bfloat16, everything delicate in single precision."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -208,57 +185,6 @@ class Training:
 # ---- the autoencoder ----
 
 
-def augment(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Images (B, 3, H, H), each mirrored or not and turned by a multiple of 90 degrees.
-
-    The autoencoder need not know what is shown, and 3,474 drawings are few.
-    """
-    turned = []
-    for image in images:
-        mirror, turn = (int(torch.randint(n, (), generator=draw)) for n in (2, 4))
-        image = image.rot90(turn, (1, 2))
-        turned.append(image.flip(2) if mirror else image)
-    return torch.stack(turned)
-
-
-def edges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical finite differences of images (B, 3, H, W)."""
-    return images.diff(dim=-1), images.diff(dim=-2)
-
-
-def vae_loss(
-    vae: AutoencoderDC, images: Tensor, draw: torch.Generator, cfg: Config
-) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences, squares on pixels; the same, coarse; moments.
-
-    The last term is KL(N(mean, v) || N(0, 1)) over channels, where v is the mean of their
-    variances, so a channel that matters less may vary less.
-    """
-    with mixed_precision():
-        latents = vae.encode(images).latents.float()
-        deviation = cfg.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=draw)
-        noise = deviation * torch.randn(latents.shape, generator=draw)
-        output = vae.decode(latents + noise).sample.float()
-        halved = vae.decode(F.avg_pool2d(latents, 2)).sample.float()
-    small = F.avg_pool2d(images, 2)
-    coarse = F.l1_loss(halved, small) + cfg.square_weight * F.mse_loss(halved, small)
-    pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
-    across, down = (F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
-    variance, mean = torch.var_mean(latents, (0, 2, 3))  # (C,)
-    overall = variance.mean()
-    moments = (mean.square().mean() + overall - 1 - overall.log()) / 2
-    parts = {
-        "pixel": pixel,
-        "square": square,
-        "edge": across + down,
-        "coarse": coarse,
-        "moments": moments,
-    }
-    weights = (1.0, cfg.square_weight, cfg.edge_weight, cfg.coarse_weight, cfg.moment_weight)
-    loss = torch.stack([w * part for w, part in zip(weights, parts.values(), strict=True)]).sum()
-    return {"loss": loss} | parts
-
-
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     """Train (or finish training) the autoencoder; gives the averaged one."""
     torch.manual_seed(cfg.seed)
@@ -287,18 +213,6 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     log.close()
     averaged: Any = training.ema.module.to(memory_format=torch.contiguous_format)
     return averaged.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae: Any, data: CaptionedImages) -> float:
-    """Peak signal-to-noise ratio of reconstructions, in dB, over all pixels of `data`."""
-    total = 0.0
-    for rows in torch.arange(len(data)).split(64):
-        images = data.images(rows)
-        latents = retrieve_latents(vae.encode(images), sample_mode="argmax")
-        output = vae.decode(latents).sample.clamp(-1, 1)
-        total += ((output - images) / 2).square().mean((1, 2, 3)).sum().item()
-    return -10 * math.log10(total / len(data))
 
 
 # ---- the U-Net ----

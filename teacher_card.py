@@ -27,12 +27,12 @@ from torch import Tensor
 
 import evaluate
 import metrics
+from autoencoder import reconstruction_psnr
 from data import CaptionedImages, load_target, spread
 from drawings import Drawn, draw
 from emoji import list_emoji
 from evaluate import Embedded, Reconstructed, Subset
 from features import extract
-from pretrain import reconstruction_psnr
 from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
 from sample import APTPPipeline
 from teacher import ASSETS, Teacher, load_teacher

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import pipelines
+from autoencoder import VAE_CONFIG
 from pipelines import SCHEDULE, STABLE_DIFFUSION, TEACHERS, random_pipeline
-from pretrain import SCHEDULER_CONFIG, UNET_CONFIG, VAE_CONFIG
+from pretrain import SCHEDULER_CONFIG, UNET_CONFIG
 from runfolder import UserError, step_generator, write_json
 from teacher import ASSETS, add_noise, load_teacher
 from unets import load_shape

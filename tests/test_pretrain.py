@@ -10,8 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import pretrain
+from autoencoder import VAE_CONFIG, augment, mixed_precision, reconstruction_psnr, vae_loss
 from data import load_target
-from pipelines import load_pocket
+from pipelines import AutoencoderDC, load_pocket
 from runfolder import load_tensors
 
 TINY = pretrain.Config(
@@ -53,14 +54,14 @@ def test_the_autoencoder_s_loss_is_the_sum_of_its_parts():
     """Moments against torch.distributions, halved sizes against plain means."""
     torch.manual_seed(0)
     images = torch.rand(6, 3, 64, 64) * 2 - 1
-    vae = pretrain.AutoencoderDC(**pretrain.VAE_CONFIG)
+    vae = AutoencoderDC(**VAE_CONFIG)
     cfg = pretrain.Config(
         square_weight=0, edge_weight=0, coarse_weight=3, moment_weight=7, latent_noise=0
     )
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        losses = pretrain.vae_loss(vae, images, draw, cfg)
-        with pretrain.mixed_precision():
+        losses = vae_loss(vae, images, draw, cfg)
+        with mixed_precision():
             latents = vae.encode(images).latents.float()
             output = vae.decode(latents).sample.float()
             quarters = latents.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
@@ -90,7 +91,7 @@ def test_psnr_of_a_known_error():
     picture = np.full((64, 64, 3), 255, np.uint8)
     picture[:32] = 0  # half the pixels are reproduced, half are off by the whole range
     data = dataclasses.replace(load_target("emoji", "train", limit=4), read=lambda row: picture)
-    assert pretrain.reconstruction_psnr(Black(), data) == pytest.approx(10 * math.log10(2))
+    assert reconstruction_psnr(Black(), data) == pytest.approx(10 * math.log10(2))
 
 
 def test_noisy_timesteps_come_as_often_as_asked():
@@ -141,7 +142,7 @@ def test_muon_moves_kernels_along_the_polar_factor_of_their_gradient(tmp_path):
 
 def test_turned_drawings_are_drawings_turned():
     images = torch.rand(64, 3, 8, 8)
-    turned = pretrain.augment(images, torch.Generator().manual_seed(0))
+    turned = augment(images, torch.Generator().manual_seed(0))
     seen = set()
     for image, result in zip(images, turned, strict=True):
         ways = {

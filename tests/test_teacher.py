@@ -6,9 +6,9 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 import losses
+from autoencoder import reconstruction_psnr
 from data import CaptionedImages, Unreadable, load_target
 from emoji import minilm_folder
-from pretrain import reconstruction_psnr
 from runfolder import UserError, step_generator
 from teacher import ASSETS, Teacher, add_noise, encode_target, load_teacher
 
