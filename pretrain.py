@@ -36,7 +36,7 @@ from autoencoder import (
     vae_loss,
 )
 from data import CaptionedImages, load_target, spread
-from emoji import captions_of, list_emoji
+from emoji import captions_of, keyword_captions, list_emoji
 from pipelines import SCHEDULE, AutoencoderDC, pocket_pipeline
 from runfolder import (
     MetricsLog,
@@ -82,7 +82,7 @@ class Config(autoencoder.Config):
     """Images a step of the autoencoder."""
     vae_lr: float = 2e-3
     """Learning rate of the autoencoder."""
-    unet_steps: int = 15600
+    unet_steps: int = 15400
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
@@ -242,10 +242,11 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     )
     number: dict[str, int] = {"": 0}
     drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
-    choices = [
-        torch.tensor([number.setdefault(line, len(number)) for line in captions_of(drawings[row])])
+    lines = [  # names in 15 to 21 places, keywords in 4
+        captions_of(drawings[row]) * 3 + keyword_captions(drawings[row])
         for row in spread(len(drawings), len(data))
     ]
+    choices = [torch.tensor([number.setdefault(x, len(number)) for x in row]) for row in lines]
     captions = list(number)
     text = torch.cat(
         [

@@ -9,7 +9,16 @@ from PIL import Image
 
 import emoji
 from data import load_target
-from emoji import STYLES, captions_of, emoji_pixels, list_emoji, render, with_article
+from emoji import (
+    STYLES,
+    captions_of,
+    emoji_pixels,
+    keyword_captions,
+    keywords,
+    list_emoji,
+    render,
+    with_article,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,21 @@ def test_giraffe_captions(drawings):
     assert "an outlined drawing of a giraffe" in captions_of(outlined)
 
 
+def test_keywords_say_something_else_than_the_name(drawings):
+    known = keywords()
+    assert {"fruit", "monkey"} <= set(known["1F34C"])  # a banana
+    spoken = {drawing: keyword_captions(drawing) for drawing in drawings}
+    assert sum(map(bool, spoken.values())) > 0.6 * len(drawings)
+    for drawing, captions in spoken.items():
+        words = known.get(drawing.code.replace("-FE0F", ""), [])
+        rest = [w for w in words if w not in (drawing.name, drawing.alias)]
+        assert bool(captions) == (len(rest) >= 3)
+        for caption in captions:
+            assert any(word in caption for word in rest)
+            assert caption not in captions_of(drawing)
+    assert spoken == {drawing: keyword_captions(drawing) for drawing in drawings}
+
+
 @pytest.mark.parametrize(
     ("name", "group", "expected"),
     [
@@ -67,6 +91,30 @@ def test_images_are_drawings_on_white():
     assert images.min() >= -1 and images.max() <= 1
     assert (images == 1).float().mean() > 0.2  # white paper
     assert images.flatten(1).std(1).min() > 0.05  # and something on it
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("view", ["0 0 36 36", "0 0 20 40", "-5 0 100 50"])
+def test_a_drawing_fills_the_frame_whatever_its_place(tmp_path, size, view):
+    svg = tmp_path / "bar.svg"
+    svg.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">'
+        '<rect x="3" y="10" width="12" height="6" fill="#f00"/></svg>'
+    )
+    ink = (255 - render(svg, size)[..., 1].astype(float)) / 255  # (rows, columns), 1 where red
+    assert ink.max(0).sum() == pytest.approx(15 / 16 * size, rel=0.04)  # its width
+    assert ink.max(1).sum() == pytest.approx(15 / 32 * size, rel=0.04)  # its height
+    centre = (np.indices(ink.shape) * ink).sum((1, 2)) / ink.sum()
+    assert centre == pytest.approx((size - 1) / 2, abs=1)
+
+
+def test_both_styles_fill_the_frame():
+    data = load_target("emoji", "train")
+    for row in range(0, len(data), 60):
+        drawn = np.argwhere((data.read(row) < 250).any(2))  # (pixels, 2)
+        low, high = drawn.min(0), drawn.max(0)
+        assert low.min() >= 1 and high.max() < 63, data.captions[row]  # a rim of two, blended
+        assert (high - low).max() >= 50, data.captions[row]  # white at the rim is not seen
 
 
 def test_phrasing_depends_on_the_seed_alone():
