@@ -170,7 +170,7 @@ class Embedded:
         )
         return torch.cat(parts)
 
-    def __call__(self, pictures: Rows, real: Subset) -> dict[str, float]:
+    def __call__(self, pictures: Tensor | Rows, real: Subset) -> dict[str, float]:
         """Frechet distance and MMD to the captions' own pictures, R-precision, style.
 
         The last two where the target has styles: is the caption's picture the nearest of its style,

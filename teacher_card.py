@@ -6,8 +6,10 @@ Captions of both splits are drawn as `evaluate.py` draws them and scored in the 
 guidance scale is the one of a few at which most training captions, others than those scored, find
 their own picture again; the teacher carries it as its default. Beside each distance stand two
 yardsticks: real validation pictures against real training pictures, and what the autoencoder makes
-of the real ones. Prompts in words that no caption uses are scored by hand-made lists of the emoji
-that would do. Killed, the same command draws what is missing.
+of the real ones. A third says what knowing a concept but not the style is worth on validation
+captions: its real drawing in the other style, scored as if it had been drawn. Prompts in words that
+no caption uses are scored by hand-made lists of the emoji that would do. Killed, the same command
+draws what is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import metrics
 from autoencoder import reconstruction_psnr
 from data import CaptionedImages, load_target, spread
 from drawings import Drawn, draw
-from emoji import list_emoji
+from emoji import STYLES, emoji_pixels, list_emoji
 from evaluate import Embedded, Reconstructed, Subset
 from features import extract
 from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
@@ -141,6 +143,24 @@ def would_do(names: Sequence[str], rows: int) -> list[bool]:
     ]
 
 
+def other_style(rows: Sequence[int], count: int) -> Tensor:
+    """The concepts of some of `count` validation rows as training saw them, in the other style.
+
+    Pixels, (rows, 3, 64, 64) uint8: what a teacher would draw that knows a concept but no style.
+    """
+    drawings = list_emoji()
+    place = {(drawing.code, drawing.style): i for i, drawing in enumerate(drawings)}
+    held_out = [drawing for drawing in drawings if drawing.held_out]
+    chosen = spread(len(held_out), count)
+    others = [
+        place[held_out[chosen[row]].code, style]
+        for row in rows
+        for style in STYLES
+        if style != held_out[chosen[row]].style
+    ]
+    return torch.from_numpy(emoji_pixels(drawings)[others]).permute(0, 3, 1, 2)
+
+
 def free_language(
     scoring: Scoring, train: CaptionedImages, guidance: float
 ) -> tuple[dict[str, float], Drawn, list[int]]:
@@ -237,6 +257,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             for row, image, through in zip(shown, data.images(shown), rebuilt, strict=True)
         ]
         grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
+    copied = scoring.suite(other_style(held_out, len(validation)), Subset(validation, held_out))
+    found |= {f"{name}_val_other_style": value for name, value in copied.items()}
     scores, drawn, nearest = free_language(scoring, train, guidance)
     found |= {"free_prompts": len(FREE_PROMPTS)} | scores
     beside = train.images(nearest)

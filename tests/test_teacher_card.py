@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import teacher_card
 from data import load_target
-from emoji import list_emoji
+from emoji import list_emoji, render
 from runfolder import UserError
 from teacher import ASSETS
 
@@ -57,6 +58,17 @@ def test_there_are_24_prompts_without_the_names_of_what_would_do():
     assert not named
 
 
+def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
+    held_out = [drawing for drawing in list_emoji() if drawing.held_out]
+    trained = {drawing.code: drawing for drawing in list_emoji() if not drawing.held_out}
+    rows = [0, 7, len(held_out) - 1]
+    pictures = teacher_card.other_style(rows, len(held_out))
+    for row, picture in zip(rows, pictures, strict=True):
+        other = trained[held_out[row].code]
+        assert other.style != held_out[row].style
+        assert np.array_equal(picture.permute(1, 2, 0).numpy(), render(other.svg, 64))
+
+
 def test_a_small_measurement(tmp_path, monkeypatch):
     """A few captions, one step: everything is written, nothing of the shipped teacher changes."""
     limited = {split: load_target("emoji", split, limit=24) for split in ("train", "validation")}
@@ -75,6 +87,7 @@ def test_a_small_measurement(tmp_path, monkeypatch):
     teacher_card.measure(cfg)
     found = json.loads((tmp_path / "assets" / "metrics.json").read_text(encoding="utf-8"))
     assert found.keys() >= WANTED | {"free_1", "free_1_chance", "style_val", "r1_val_autoencoder"}
+    assert {"r1_val_other_style", "style_val_other_style"} <= found.keys()
     assert found["r1_by_guidance"].keys() == {"1", "2"}
     assert found["guidance"] in (1.0, 2.0)
     assert 0 <= found["r1_train"] <= found["r5_train"] <= 1
