@@ -138,7 +138,7 @@ def test_other_sizes_are_rendered_when_read():
     for row in range(4):
         shrunk = Image.fromarray(large.read(row)).resize((64, 64), Image.Resampling.BOX)
         difference = np.abs(np.asarray(shrunk).astype(int) - small.read(row))
-        assert difference.mean() < 3  # two ways of antialiasing the same drawing
+        assert difference.mean() < 8  # a quarter of a pixel; two drawings differ by 75
 
 
 def test_a_damaged_cache_is_drawn_again(drawings, tmp_path, monkeypatch):
