@@ -2,7 +2,7 @@
 
 Pixels, their differences and their squares are compared; a penalty keeps latents near zero mean
 and, over all channels, unit variance, so that the pipeline needs no scale of its own. Noise on the
-latents keeps what the U-Net has to predict from hanging on their last digit.
+latents is meant to keep details out of their last digits, which a U-Net cannot predict.
 """
 
 from __future__ import annotations

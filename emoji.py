@@ -165,9 +165,9 @@ def keywords() -> dict[str, list[str]]:
 
 
 def keyword_captions(emoji: Emoji) -> list[str]:
-    """Captions of a drawing that do not name it: a few of its keywords in every phrasing.
+    """Captions of a drawing by a few of its keywords other than its names, in every phrasing.
 
-    None where it has fewer than three keywords beside its name. Which ones depends on the drawing.
+    None where it has fewer than three of them. Which ones depends on the drawing.
     """
     words = [
         word
@@ -198,8 +198,7 @@ def render(svg: Path, size: int) -> np.ndarray:
     side = round(max(picture.size) * 16 / 15)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    picture = canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING)
-    return np.asarray(picture)
+    return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING))
 
 
 def cache_folder() -> Path:
