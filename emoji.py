@@ -41,6 +41,8 @@ KEYWORD_PHRASINGS = (  # what else the teacher learns about a drawing, in either
     "{0} and {1}",
     "an emoji about {0} and {1}",
     "a drawing with {0}, {1} and {2}",
+    "something about {0}",
+    "it has to do with {1} and {2}",
 )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     ModelMixin,
@@ -91,6 +92,27 @@ class AutoencoderDC(diffusers.AutoencoderDC):
         return super().decode(z, return_dict=return_dict)
 
 
+class BertModel(transformers.BertModel):
+    """transformers' BERT; if its configuration says `sentence_state`, the first state is the mean.
+
+    Sentence encoders such as all-MiniLM are trained by the mean of their token states, which says
+    what the sentence means; their [CLS] state is left over from pre-training.
+    """
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Tokens and what of them is no padding, (B, n), to `last_hidden_state` (B, n, C)."""
+        output = super().forward(input_ids, attention_mask, **kwargs)
+        if getattr(self.config, "sentence_state", False):
+            states = output.last_hidden_state
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            weight = mask[..., None].to(states)  # (B, n, 1)
+            mean = (states * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            output.last_hidden_state = torch.cat([mean, states[:, 1:]], 1)
+        return output
+
+
 def assemble(
     vae: ModelMixin,
     text_encoder: Any,
@@ -127,11 +149,10 @@ def pocket_pipeline(
     vae: ModelMixin, unet: UNet2DConditionModel, scheduler: PNDMScheduler
 ) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline whose text encoder is MiniLM."""
-    from transformers import BertModel
-
     text_encoder = BertModel.from_pretrained(minilm_folder())
     # the pipeline then tells the encoder which tokens are padding
     text_encoder.config.use_attention_mask = True
+    text_encoder.config.sentence_state = True
     return assemble(vae, text_encoder, minilm_tokenizer(TEXT_TOKENS), unet, scheduler)
 
 
@@ -151,7 +172,7 @@ def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
     Raises:
         UserError: there is no such U-Net, or it is conditioned on more than text.
     """
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig
 
     config = load_shape(shape).config
     refuse_conditions(config, f"{OPTION} {shape}{RANDOM}")
@@ -277,8 +298,6 @@ def load_part(folder: Path, part: str, kind: str) -> Any:
 
     Weights are taken from the full-precision file, or from the fp16 variant where it is alone.
     """
-    import transformers
-
     stem = WEIGHTS[part]
     variants = {
         f"{stem}.safetensors": None,
@@ -290,7 +309,7 @@ def load_part(folder: Path, part: str, kind: str) -> Any:
         refuse_pickles(folder / part, OPTION)
         raise incomplete(folder, f"{part}/{stem}.safetensors")
     library = transformers if part == "text_encoder" else diffusers
-    own = {"AutoencoderDC": AutoencoderDC}
+    own: dict[str, Any] = {"AutoencoderDC": AutoencoderDC, "BertModel": BertModel}
     try:
         model, info = (own.get(kind) or getattr(library, kind)).from_pretrained(
             folder / part,

@@ -12,7 +12,6 @@ what it gained.
 from __future__ import annotations
 
 import csv
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
 import autoencoder
@@ -44,14 +42,12 @@ from runfolder import (
     as_json,
     batch_rows,
     command_line,
-    load_optimizer,
     load_tensors,
-    optimizer_tensors,
-    save_tensors,
     step_generator,
     write_json,
 )
 from teacher import ASSETS, Teacher
+from training import Training, learning_rate
 
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -82,7 +78,7 @@ class Config(autoencoder.Config):
     """Images a step of the autoencoder."""
     vae_lr: float = 2e-3
     """Learning rate of the autoencoder."""
-    unet_steps: int = 15400
+    unet_steps: int = 22200
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
@@ -96,6 +92,13 @@ class Config(autoencoder.Config):
     """
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
+    text_noise: float = 0.2
+    """Standard deviation of the noise on text states, which have one of 0.43."""
+    sentence_share: float = 0.05
+    """Share of captions given by their sentence state in place of every token's.
+
+    As many have it in the place of some, and the others are left whole.
+    """
     guidance_scale: float = 3.0
     """Guidance scale that the teacher carries as its default."""
     vae_ema_decay: float = 0.995
@@ -110,76 +113,6 @@ class Config(autoencoder.Config):
     """Use only this many training images, for a quick trial; all if not given."""
     export: bool = False
     """Write the assets from the present state and stop."""
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, constant, linear decay to a hundredth over the last two fifths."""
-    decay = min(1.0, (steps - step) / (0.4 * steps))
-    return peak * min(1.0, (step + 1) / warmup) * max(decay, 0.01)
-
-
-class Training:
-    """A model with its optimizers and moving average, saved and restored as one file.
-
-    `muon` names the parameters that Muon (Jordan et al. 2024) moves, by orthogonalised momentum; a
-    convolution's kernel (out, in, h, w) counts as the matrix (out, in h w). AdamW moves the others.
-    """
-
-    def __init__(
-        self, model: nn.Module, path: Path, ema_decay: float, muon: frozenset[str] = frozenset()
-    ) -> None:
-        self.model, self.path = model, path
-        named = dict(model.named_parameters())
-        self.kernels = [p for name, p in named.items() if name in muon]
-        # parameters of their own over the same memory, since Muon takes nothing but matrices
-        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.kernels]
-        others = [p for name, p in named.items() if name not in muon]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(others, lr=1e-3, fused=True)
-        }
-        if muon:
-            self.optimizers["muon"] = torch.optim.Muon(
-                self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            )
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.step = self.images = 0
-        if path.exists():
-            tensors, meta = load_tensors(path)
-            self.model.load_state_dict(
-                {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-            )
-            self.ema.load_state_dict(
-                {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
-            )
-            for name, optimizer in self.optimizers.items():
-                load_optimizer(optimizer, tensors, name)
-            self.step, self.images = meta["step"], meta["images"]
-
-    def save(self) -> None:
-        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            tensors |= optimizer_tensors(optimizer, name)
-        save_tensors(self.path, tensors, {"step": self.step, "images": self.images})
-
-    def update(self, loss: Tensor, rate: float, images: int) -> None:
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.step}; the last good state is in "
-                f"{self.path}"
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        self.ema.update_parameters(self.model)
-        self.step += 1
-        self.images += images
 
 
 # ---- the autoencoder ----
@@ -233,6 +166,27 @@ class TrainingSet:
         numbers = self.choices[rows, pick]
         return numbers.where(torch.rand(len(rows), generator=draw) >= dropout, 0)
 
+    def states(self, captions: Tensor, cfg: Config, draw: torch.Generator) -> Tensor:
+        """Text states of captions (B,), (B, tokens, 384), made harder to learn by heart.
+
+        Some states, or all, give way to the sentence state; where all do, it moves towards the one
+        most like it in the batch, as a vague prompt lies between the captions of several drawings.
+        """
+        B = len(captions)
+        states = self.text[captions].float()
+        pick, share = torch.rand(2, B, 1, 1, generator=draw)
+        alone, whole = pick < cfg.sentence_share, pick >= 2 * cfg.sentence_share
+        share = share.masked_fill(alone, 1).masked_fill(whole, 0)
+        replaced = torch.rand(B, states.shape[1], 1, generator=draw) < share
+        sentence = states[:, 0]
+        direction = F.normalize(sentence, dim=-1)
+        alike = direction @ direction.T  # (B, B)
+        alike = alike.masked_fill(captions[:, None] == captions[None], -1)
+        way = 0.5 * torch.rand(B, 1, generator=draw) * (alone[:, 0] & (captions[:, None] > 0))
+        vague = sentence.lerp(sentence[alike.argmax(1)], way)
+        states = torch.where(replaced, vague[:, None], states)
+        return states + cfg.text_noise * torch.randn(states.shape, generator=draw)
+
 
 @torch.no_grad()
 def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
@@ -242,8 +196,8 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     )
     number: dict[str, int] = {"": 0}
     drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
-    lines = [  # names in 15 to 21 places, keywords in 4
-        captions_of(drawings[row]) * 3 + keyword_captions(drawings[row])
+    lines = [  # names in 20 to 28 places, keywords in 6
+        captions_of(drawings[row]) * 4 + keyword_captions(drawings[row])
         for row in spread(len(drawings), len(data))
     ]
     choices = [torch.tensor([number.setdefault(x, len(number)) for x in row]) for row in lines]
@@ -299,7 +253,7 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
             t = draw_timesteps(len(rows), schedule.config.num_train_timesteps, cfg, draw)
             with mixed_precision():
                 prediction = unet(
-                    schedule.add_noise(x0, noise, t), t, encoded.text[captions]
+                    schedule.add_noise(x0, noise, t), t, encoded.states(captions, cfg, draw)
                 ).sample
             loss = F.mse_loss(prediction.float(), schedule.get_velocity(x0, noise, t))
             training.update(loss, learning_rate(step, cfg.unet_steps, cfg.unet_lr), len(rows))

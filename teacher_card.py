@@ -8,8 +8,8 @@ their own picture again; the teacher carries it as its default. Beside each dist
 yardsticks: real validation pictures against real training pictures, and what the autoencoder makes
 of the real ones. A third says what knowing a concept but not the style is worth on validation
 captions: its real drawing in the other style, scored as if it had been drawn. Prompts in words that
-no caption uses are scored by hand-made lists of the emoji that would do. Killed, the same command
-draws what is missing.
+no caption uses are scored by hand-made lists of the emoji that would do, beside the drawings of the
+other prompts by the same lists. Killed, the same command draws what is missing.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ FREE_PROMPTS: dict[str, tuple[str, ...]] = {
     "something with wings to travel by": ("airplane", "helicopter", "aircraft", "departure"),
     "it burns and gives warmth": ("fire", "flame"),
 }
+
+NEAREST = (1, 5, 35)  # real pictures; the last is a hundredth of the training drawings
 
 
 @dataclass(frozen=True)
@@ -161,29 +163,47 @@ def other_style(rows: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(emoji_pixels(drawings)[others]).permute(0, 3, 1, 2)
 
 
+def landing(cosine: Tensor, good: Tensor, ks: Sequence[int] = NEAREST) -> dict[str, float]:
+    """Do drawings of prompts land on what would do, and how often do those of other prompts?
+
+    Args:
+        cosine: of each prompt's drawing and each real picture, (P, m).
+        good: whether a real picture would do for a prompt, (P, m), bool; prompts for which none
+            does, or all do, are left out.
+
+    Returns:
+        For each k the share of prompts for which one of the nearest k real pictures would do, and
+        the mean area under the curve that tells those that would do from the others by cosine, 0.5
+        if it cannot. Under `_exchanged` the same of the drawings of all other prompts: what would
+        come out if drawings did not depend on what a prompt says.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    asked = good.any(1) & ~good.all(1)
+    cosine, good = cosine[asked], good[asked]
+    order = cosine.argsort(1, descending=True)  # (P, m)
+    tables = {f"free_{k}": good[:, order[:, :k]].any(2).double() for k in ks}  # (lists, drawings)
+    tables["free_auc"] = torch.tensor(
+        [[roc_auc_score(would, drawing) for drawing in cosine] for would in good]
+    ).double()
+    own = torch.eye(len(good), dtype=torch.bool)
+    found: dict[str, float] = {}
+    for name, table in tables.items():
+        for suffix, part in (("", table[own]), ("_exchanged", table[~own])):
+            found |= {name + suffix: part.mean().item()} if len(part) else {}
+    return found
+
+
 def free_language(
     scoring: Scoring, train: CaptionedImages, guidance: float
 ) -> tuple[dict[str, float], Drawn, list[int]]:
-    """Do prompts in free words land on an emoji that would do? Beside what chance would give.
-
-    Gives shares of prompts whose nearest real picture is one of those that would do (k = 1), or one
-    of whose nearest five is (k = 5); the drawings; the nearest rows.
-    """
+    """Drawings of prompts in free words: where they land, the drawings, the nearest rows."""
     prompts = list(FREE_PROMPTS)
     drawn = scoring.draw(prompts, "free", list(range(len(prompts))), guidance)
     features = metrics.unit(extract(scoring.suite.extractor, drawn))  # (prompts, d)
-    gallery = metrics.unit(scoring.suite.gallery(train))  # (rows, d)
-    nearest = (features @ gallery.T).topk(5).indices  # (prompts, 5)
+    cosine = features @ metrics.unit(scoring.suite.gallery(train)).T  # (prompts, rows)
     good = torch.tensor([would_do(names, len(train)) for names in FREE_PROMPTS.values()])
-    hits = good.gather(1, nearest)  # (prompts, 5)
-    share = good.double().mean(1)  # (prompts,)
-    found = {
-        "free_1": hits[:, 0].double().mean().item(),
-        "free_5": hits.any(1).double().mean().item(),
-        "free_1_chance": share.mean().item(),
-        "free_5_chance": (1 - (1 - share) ** 5).mean().item(),
-    }
-    return found, drawn, nearest[:, 0].tolist()
+    return landing(cosine, good), drawn, cosine.argmax(1).tolist()
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -14,6 +14,7 @@ from autoencoder import VAE_CONFIG, augment, mixed_precision, reconstruction_psn
 from data import load_target
 from pipelines import AutoencoderDC, load_pocket
 from runfolder import load_tensors
+from training import Training, learning_rate
 
 TINY = pretrain.Config(
     vae_steps=3, vae_batch_size=2, unet_steps=3, unet_batch_size=4, save_every=1, limit=12
@@ -25,7 +26,7 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
         return dataclasses.replace(TINY, out=tmp_path / name, assets=tmp_path / f"{name}-assets")
 
     pretrain.pretrain(config("whole"))
-    update = pretrain.Training.update
+    update = Training.update
 
     for stop in (2, 1):  # in the autoencoder's third step, then in the U-Net's second
         calls: list[int] = []
@@ -36,10 +37,10 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             update(self, loss, rate, images)
 
-        monkeypatch.setattr(pretrain.Training, "update", stopping)
+        monkeypatch.setattr(Training, "update", stopping)
         with pytest.raises(KeyboardInterrupt):
             pretrain.pretrain(config("stopped"))
-    monkeypatch.setattr(pretrain.Training, "update", update)
+    monkeypatch.setattr(Training, "update", update)
     pretrain.pretrain(config("stopped"))
     for name in ("vae.safetensors", "unet.safetensors"):
         whole, stopped = (load_tensors(tmp_path / run / name) for run in ("whole", "stopped"))
@@ -118,6 +119,35 @@ def test_captions_are_a_row_s_own_and_sometimes_empty():
         )
 
 
+def test_text_states_give_way_to_the_sentence_s_in_part_or_whole():
+    text = torch.rand(4, 20, 6, generator=torch.Generator().manual_seed(0))
+    text[3, 0] = 3 * text[1, 0] + 0.01  # of all sentence states the most like the first caption's
+    encoded = pretrain.TrainingSet(torch.empty(4), text, torch.empty(4), torch.empty(4))
+    captions = torch.arange(4).repeat(2000)
+    cfg = pretrain.Config(sentence_share=0.25, text_noise=0.5)
+    noisy = encoded.states(captions, cfg, torch.Generator().manual_seed(0))
+    exact = dataclasses.replace(cfg, text_noise=0)
+    states = encoded.states(captions, exact, torch.Generator().manual_seed(0))
+    assert (noisy - states).mean().abs() < 0.01
+    assert (noisy - states).std().item() == pytest.approx(0.5, abs=0.01)
+    kept = (states == text[captions])[:, 1:].all(2).float().mean(1)  # share of a caption's tokens
+    alone = (states == states[:, :1]).all(2).all(1)
+    assert torch.equal(alone, kept == 0)
+    assert alone.float().mean().item() == pytest.approx(0.25 + 0.25 / 20, abs=0.02)
+    for bound in (0.2, 0.5, 0.8):  # in a quarter 0, 1, ... or 19 tokens are kept, all as often
+        share = (kept <= bound).float().mean().item()
+        assert share == pytest.approx(0.25 + 0.25 * (int(19 * bound) + 1) / 20, abs=0.02)
+    assert (kept == 1).float().mean().item() == pytest.approx(0.5 + 0.25 / 20, abs=0.02)
+    assert torch.equal(states[~alone, 0], text[captions[~alone], 0])
+    for caption, near in ((1, 3), (3, 1)):  # a sentence alone goes up to half way to its nearest
+        way = text[near, 0] - text[caption, 0]
+        gone = states[alone & (captions == caption), 0] - text[caption, 0]
+        part = (gone @ way) / (way @ way)
+        assert torch.allclose(gone, part[:, None] * way, atol=1e-5)
+        assert 0 <= part.min() < 0.02 and 0.48 < part.max() < 0.5
+    assert torch.equal(states[alone & (captions == 0), 0].unique(dim=0), text[:1, 0])
+
+
 def test_muon_moves_kernels_along_the_polar_factor_of_their_gradient(tmp_path):
     """First step, against the singular value decomposition; AdamW's own is the gradient's sign."""
     torch.manual_seed(0)
@@ -127,7 +157,7 @@ def test_muon_moves_kernels_along_the_polar_factor_of_their_gradient(tmp_path):
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    training = pretrain.Training(model, tmp_path / "t.safetensors", 0.9, frozenset({"weight"}))
+    training = Training(model, tmp_path / "t.safetensors", 0.9, frozenset({"weight"}))
     training.update(sum((p * gradient[n]).sum() for n, p in model.named_parameters()), 1e-3, 1)
     moved = {name: (p.detach() - before[name]) / 1e-3 for name, p in model.named_parameters()}
     signs = -gradient["bias"].sign() - 0.01 * before["bias"]
@@ -166,7 +196,7 @@ def test_the_teacher_has_layers_to_prune():
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [pretrain.learning_rate(step, 1000, 1.0, warmup=100) for step in range(1000)]
+    rates = [learning_rate(step, 1000, 1.0, warmup=100) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == 1.0
     assert rates[100:600] == [1.0] * 500
     assert rates[800] == pytest.approx(0.5) and rates[-1] == 0.01

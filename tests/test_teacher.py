@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertModel
 
 import losses
@@ -56,15 +58,20 @@ def test_text_states_ignore_the_rest_of_the_batch(teacher):
     assert torch.allclose(together[:1], teacher.encode_text(["a giraffe"]), atol=1e-5)
 
 
-def test_text_states_are_minilms_own_and_padding_is_masked(teacher):
-    """By transformers alone."""
+def test_text_states_are_minilms_own_the_sentences_first_and_padding_is_masked(teacher):
+    """By transformers and sentence-transformers alone."""
     prompts = ["a giraffe, flat emoji", "", "a slice of pizza " * 20]
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     options = {"padding": "max_length", "truncation": True, "max_length": 20}
     tokens = tokenizer(prompts, return_tensors="pt", **options)
     with torch.no_grad():
         states = BertModel.from_pretrained(minilm_folder())(**tokens).last_hidden_state
-    assert torch.allclose(teacher.encode_text(prompts), states, atol=1e-5)
+    found = teacher.encode_text(prompts)
+    assert torch.allclose(found[:, 1:], states[:, 1:], atol=1e-5)
+    encoder = SentenceTransformer(str(minilm_folder()), device="cpu")
+    encoder.max_seq_length = 20
+    sentences = encoder.encode(prompts, convert_to_tensor=True, normalize_embeddings=True)
+    assert torch.allclose(normalize(found[:, 0], dim=-1), sentences, atol=1e-5)
 
 
 def test_latents_are_standardised_and_decode_to_the_picture(teacher):

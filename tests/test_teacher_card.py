@@ -58,6 +58,38 @@ def test_there_are_24_prompts_without_the_names_of_what_would_do():
     assert not named
 
 
+def test_landing_counts_own_drawings_and_exchanged_ones():
+    """Three prompts, the third without anything that would do."""
+    cosine = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.3, 0.4, 0.1, 0.2], [0.0, 0.0, 0.0, 0.0]])
+    good = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    found = teacher_card.landing(cosine, good, (1, 2, 3))
+    assert found == {
+        "free_1": 0.5,  # the first drawing is nearest to what would do, the second is not
+        "free_1_exchanged": 0.0,
+        "free_2": 0.5,
+        "free_2_exchanged": 0.5,  # the second drawing has the first's among its nearest two
+        "free_3": 1.0,
+        "free_3_exchanged": 1.0,
+        "free_auc": 0.5,  # of pairs: 3 of 3, 0 of 4
+        "free_auc_exchanged": pytest.approx((2 / 3 + 0) / 2),  # 2 of 3, 0 of 4
+    }
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_landing_tells_reading_from_not_reading(told):
+    """Also where one real picture is near everything."""
+    draw = torch.Generator().manual_seed(0)
+    good = torch.eye(40).bool().repeat(1, 5)
+    cosine = 0.2 * torch.randn(40, 200, generator=draw) + told * good
+    cosine[:, 7] = 9
+    found = teacher_card.landing(cosine, good, (2,))
+    if told:
+        assert found["free_2"] > 0.95 and found["free_auc"] > 0.95
+    else:
+        assert abs(found["free_2"] - found["free_2_exchanged"]) < 0.08
+        assert abs(found["free_auc"] - found["free_auc_exchanged"]) < 0.08
+
+
 def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
     held_out = [drawing for drawing in list_emoji() if drawing.held_out]
     trained = {drawing.code: drawing for drawing in list_emoji() if not drawing.held_out}
@@ -86,7 +118,7 @@ def test_a_small_measurement(tmp_path, monkeypatch):
     shutil.copytree(ASSETS / "pocket", tmp_path / "assets")
     teacher_card.measure(cfg)
     found = json.loads((tmp_path / "assets" / "metrics.json").read_text(encoding="utf-8"))
-    assert found.keys() >= WANTED | {"free_1", "free_1_chance", "style_val", "r1_val_autoencoder"}
+    assert found.keys() >= WANTED | {"free_1", "free_auc", "style_val", "r1_val_autoencoder"}
     assert {"r1_val_other_style", "style_val_other_style"} <= found.keys()
     assert found["r1_by_guidance"].keys() == {"1", "2"}
     assert found["guidance"] in (1.0, 2.0)
