@@ -457,3 +457,27 @@ def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(t
         assert torch.equal(loaded.vae.encode(images).latents, latents)
         assert torch.equal(loaded.vae.decode(latents).sample, stock.decode(latents).sample)
     assert loaded.vae_scale_factor == 64 // latents.shape[-1] == 8
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_first_state_is_the_mean_only_where_the_configuration_says_so(masked):
+    """By transformers' own BERT."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=30, intermediate_size=8, **size)
+    stock = transformers.BertModel(config).eval()
+    ours = pipelines.BertModel(config).eval()
+    ours.load_state_dict(stock.state_dict())
+    ids = torch.randint(0, 30, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if masked else None
+    with torch.no_grad():
+        states = stock(ids, attention_mask=mask)[0]
+        assert torch.equal(ours(ids, attention_mask=mask)[0], states)
+        ours.config.sentence_state = True
+        found = ours(ids, attention_mask=mask)[0]
+    assert torch.equal(found[:, 1:], states[:, 1:])
+    counted = [3 if masked else 5, 5]
+    for row, count in enumerate(counted):
+        assert torch.allclose(found[row, 0], states[row, :count].mean(0), atol=1e-6)
