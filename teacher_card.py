@@ -183,10 +183,9 @@ def landing(cosine: Tensor, good: Tensor, ks: Sequence[int] = NEAREST) -> dict[s
     cosine, good = cosine[asked], good[asked]
     order = cosine.argsort(1, descending=True)  # (P, m)
     tables = {f"free_{k}": good[:, order[:, :k]].any(2).double() for k in ks}  # (lists, drawings)
-    tables["free_auc"] = torch.tensor(
-        [[roc_auc_score(would, drawing) for drawing in cosine] for would in good]
-    ).double()
+    areas = [roc_auc_score(would, drawing) for would in good for drawing in cosine]
     own = torch.eye(len(good), dtype=torch.bool)
+    tables["free_auc"] = torch.tensor(areas).double().view(own.shape)
     found: dict[str, float] = {}
     for name, table in tables.items():
         for suffix, part in (("", table[own]), ("_exchanged", table[~own])):

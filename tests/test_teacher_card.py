@@ -75,6 +75,13 @@ def test_landing_counts_own_drawings_and_exchanged_ones():
     }
 
 
+def test_landing_says_only_what_it_can():
+    cosine, good = torch.rand(2, 5), torch.zeros(2, 5).bool()
+    assert teacher_card.landing(cosine, good, (1,)) == {}  # nothing would do
+    good[0, 2] = True
+    assert teacher_card.landing(cosine, good, (5,)).keys() == {"free_5", "free_auc"}  # no other
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_landing_tells_reading_from_not_reading(told):
     """Also where one real picture is near everything."""
