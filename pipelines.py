@@ -140,9 +140,7 @@ def assemble(
 
 
 def minilm_tokenizer(tokens: int) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=tokens)
+    return transformers.AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=tokens)
 
 
 def pocket_pipeline(
@@ -172,8 +170,6 @@ def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
     Raises:
         UserError: there is no such U-Net, or it is conditioned on more than text.
     """
-    from transformers import BertConfig
-
     config = load_shape(shape).config
     refuse_conditions(config, f"{OPTION} {shape}{RANDOM}")
     width, levels = config.cross_attention_dim, 4
@@ -188,7 +184,7 @@ def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
             norm_num_groups=8,
         )
         tokenizer = minilm_tokenizer(CLIP_TOKENS)
-        text = BertConfig(
+        text = transformers.BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             num_hidden_layers=1,
@@ -211,8 +207,6 @@ def load_folder(name: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     Raises:
         UserError: it is not there, incomplete, damaged, pickled, or of an unsupported kind.
     """
-    from transformers import AutoTokenizer
-
     otherwise = f"take one of: {', '.join(TEACHERS)}"
     folder = model_folder(name, OPTION, ["*.json", "tokenizer/*"], otherwise)
     kinds, scheduler = check_layout(folder), load_scheduler(folder)
@@ -225,7 +219,7 @@ def load_folder(name: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     parts = {part: load_part(folder, part, kind) for part, kind in kinds.items()}
     unet, vae, text_encoder = (parts[part] for part in CLASSES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder / "tokenizer", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the libraries raise all kinds over a damaged file

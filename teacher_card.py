@@ -7,9 +7,9 @@ guidance scale is the one of a few at which most training captions, others than 
 their own picture again; the teacher carries it as its default. Beside each distance stand two
 yardsticks: real validation pictures against real training pictures, and what the autoencoder makes
 of the real ones. A third says what knowing a concept but not the style is worth on validation
-captions: its real drawing in the other style, scored as if it had been drawn. Prompts in words that
-no caption uses are scored by hand-made lists of the emoji that would do, beside the drawings of the
-other prompts by the same lists. Killed, the same command draws what is missing.
+captions: its real drawing in the other style, scored as if it had been drawn. Prompts that
+say in free words what to draw are scored by hand-made lists of the emoji that would do, beside the
+drawings of the other prompts by the same lists. Killed, the same command draws what is missing.
 """
 
 from __future__ import annotations

@@ -140,9 +140,8 @@ def test_other_sizes_are_rendered_when_read():
         shrunk = Image.fromarray(large.read(row)).resize((64, 64), Image.Resampling.BOX)
         picture = torch.from_numpy(np.array(shrunk)).permute(2, 0, 1) / 127.5 - 1
         distance = (all_small - picture).abs().mean((1, 2, 3)) * 127.5  # in grey levels
-        assert (
-            distance[row] < 8
-        )  # the frame is found to a pixel of a rendering, so parts of one off
+        # the frame is found to a pixel of a rendering, so parts of one off
+        assert distance[row] < 8
         assert distance.argmin() == row
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import LAYOUTS
 from diffusers import (
     AutoencoderKL,
@@ -462,8 +463,6 @@ def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(t
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_first_state_is_the_mean_only_where_the_configuration_says_so(masked):
     """By transformers' own BERT."""
-    import transformers
-
     torch.manual_seed(0)
     size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=30, intermediate_size=8, **size)

@@ -193,5 +193,5 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
     for name in ("assignments.json", "codes.safetensors"):
         assert (cfg.out / name).read_bytes() == (out / name).read_bytes(), name
     routers = [load_tensors(folder / "router.safetensors")[0] for folder in (cfg.out, out)]
-    for name, value in routers[0].items():  # six steps of Adam move it by up to 0.1
+    for name, value in routers[0].items():  # six steps' learning rates add up to 0.1
         assert torch.allclose(value, routers[1][name], atol=1e-3), name
