@@ -2,6 +2,7 @@
 
     python pretrain.py            # goes on from where it stopped; ends by writing assets/pocket/
     python pretrain.py --export   # writes assets/pocket/ from the present state
+    python pretrain.py --initial assets/pocket --unet-steps 6000   # 6000 more for a finished one
 
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
 compute in bfloat16 and ship an exponential moving average of the weights. AdamW moves the
@@ -11,7 +12,6 @@ what it gained.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from autoencoder import (
 )
 from data import CaptionedImages, load_target, spread
 from emoji import captions_of, keyword_captions, list_emoji
-from pipelines import SCHEDULE, AutoencoderDC, pocket_pipeline
+from pipelines import SCHEDULE, AutoencoderDC, load_part, pocket_pipeline
 from runfolder import (
     MetricsLog,
     UserError,
@@ -43,11 +43,12 @@ from runfolder import (
     batch_rows,
     command_line,
     load_tensors,
+    read_json,
     step_generator,
     write_json,
 )
 from teacher import ASSETS, Teacher
-from training import Training, learning_rate
+from training import Training, learning_rate, plot_curves
 
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -61,6 +62,7 @@ UNET_CONFIG: dict[str, Any] = {
     "cross_attention_dim": 384,
     "use_linear_projection": True,
 }
+FIGURES = "training.json"  # of a finished teacher
 SCHEDULER_CONFIG: dict[str, Any] = {**SCHEDULE, "prediction_type": "v_prediction"}
 
 
@@ -72,13 +74,18 @@ class Config(autoencoder.Config):
     """Folder of the training's state."""
     assets: Path = ASSETS / "pocket"
     """Folder that the finished teacher is written to."""
+    initial: Path | None = None
+    """Finished teacher whose autoencoder is kept and whose U-Net is trained on; none if not given.
+
+    Counts where `out` holds no U-Net yet; moments begin at nothing and the learning rate anew.
+    """
     vae_steps: int = 9000
     """Training steps of the autoencoder."""
     vae_batch_size: int = 16
     """Images a step of the autoencoder."""
     vae_lr: float = 2e-3
     """Learning rate of the autoencoder."""
-    unet_steps: int = 22200
+    unet_steps: int = 30000
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
@@ -115,11 +122,33 @@ class Config(autoencoder.Config):
     """Write the assets from the present state and stop."""
 
 
+def check(cfg: Config) -> None:
+    """Raises `UserError` where there is nothing to begin from, or to write."""
+    if cfg.initial is not None and not (cfg.initial / FIGURES).exists():
+        raise UserError(
+            f"--initial {cfg.initial} is no teacher that pretrain.py wrote: it holds no {FIGURES}; "
+            f"give a folder such as {ASSETS / 'pocket'}"
+        )
+    if cfg.export and not (cfg.out / "unet.safetensors").exists():
+        raise UserError(
+            f"--export: {cfg.out / 'unet.safetensors'} does not exist yet; run `python "
+            f"pretrain.py` first"
+        )
+
+
+def images_before(cfg: Config, name: str) -> int:
+    """Images that the parts of `cfg.initial` have seen; 0 for a training from nothing."""
+    return int(read_json(cfg.initial / FIGURES)[name]) if cfg.initial else 0
+
+
 # ---- the autoencoder ----
 
 
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
-    """Train (or finish training) the autoencoder; gives the averaged one."""
+    """Train (or finish training) the autoencoder; gives the averaged one, or `cfg.initial`'s."""
+    if cfg.initial is not None:
+        kept: Any = load_part(cfg.initial, "vae", "AutoencoderDC")
+        return kept.requires_grad_(False).eval()
     torch.manual_seed(cfg.seed)
     vae = AutoencoderDC(**VAE_CONFIG).to(memory_format=torch.channels_last)
     training = Training(vae, cfg.out / "vae.safetensors", cfg.vae_ema_decay)
@@ -223,6 +252,8 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
     """Train (or finish training) the U-Net on latents; gives the averaged one."""
     torch.manual_seed(cfg.seed)
     unet = UNet2DConditionModel(**UNET_CONFIG)
+    if cfg.initial is not None:
+        unet = load_part(cfg.initial, "unet", "UNet2DConditionModel").train()
     training = Training(
         unet,
         cfg.out / "unet.safetensors",
@@ -232,6 +263,7 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
             for name, p in unet.named_parameters()
             if p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))
         ),
+        images_before(cfg, "images_seen"),
     )
     if training.step < cfg.unet_steps and not cfg.export:
         pipe = pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
@@ -274,58 +306,33 @@ def export(cfg: Config, vae: AutoencoderDC, unet: UNet2DConditionModel, psnr: fl
     write_json(
         cfg.assets / "teacher.json", {"guidance_scale": cfg.guidance_scale, "resolution": 64}
     )
-    _, vae_meta = load_tensors(cfg.out / "vae.safetensors")
     _, unet_meta = load_tensors(cfg.out / "unet.safetensors")
+    vae_images = images_before(cfg, "vae_images_seen")
+    if cfg.initial is None:
+        vae_images = load_tensors(cfg.out / "vae.safetensors")[1]["images"]
     figures = {
         "psnr_val": round(psnr, 3),
-        "vae_images_seen": vae_meta["images"],
+        "vae_images_seen": vae_images,
         "images_seen": unet_meta["images"],
         "guidance": cfg.guidance_scale,
         "params_unet": sum(p.numel() for p in unet.parameters()),
         "params_vae": sum(p.numel() for p in vae.parameters()),
         "config": {k: v for k, v in as_json(cfg).items() if k not in ("out", "assets", "export")},
     }
-    write_json(cfg.assets / "training.json", figures)
-
-
-def plot_curves(cfg: Config) -> None:
-    """Both stages' losses, smoothed, as <assets>/curves.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    stages = (("vae", "pixel"), ("unet", "loss"))
-    for axis, (name, column) in zip(axes, stages, strict=True):
-        with (cfg.out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file)]
-        width = max(1, len(rows) // 100)
-        means = [
-            sum(value for _, value in rows[i : i + width]) / len(rows[i : i + width])
-            for i in range(0, len(rows), width)
-        ]
-        axis.plot([step for step, _ in rows[::width]], means)
-        axis.set(title=f"{name}: {column}", xlabel="step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    figure.savefig(cfg.assets / "curves.png", dpi=80)
-    plt.close(figure)
+    write_json(cfg.assets / FIGURES, figures)
 
 
 def pretrain(cfg: Config) -> None:
     """Both stages, each from where it was, then the export."""
+    check(cfg)
     train, validation = (load_target("emoji", s, limit=cfg.limit) for s in ("train", "validation"))
-    if cfg.export and not (cfg.out / "unet.safetensors").exists():
-        raise UserError(
-            f"--export: {cfg.out / 'unet.safetensors'} does not exist yet; run `python "
-            f"pretrain.py` first"
-        )
     vae = train_vae(cfg, train)
     psnr = reconstruction_psnr(vae, validation)
     print(f"autoencoder: {psnr:.2f} dB on {len(validation)} validation images")
     unet = train_unet(cfg, vae, train)
     export(cfg, vae, unet, psnr)
-    plot_curves(cfg)
+    stages = {} if cfg.initial else {cfg.out / "vae.csv": "pixel"}
+    plot_curves(stages | {cfg.out / "unet.csv": "loss"}, cfg.assets / "curves.png")
     print(f"wrote {cfg.assets}")
 
 

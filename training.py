@@ -1,11 +1,13 @@
-"""A model in training: its optimizers, its moving average and how both outlive a stop.
+"""A model in training: its optimizers, its moving average, how both outlive a stop, its curves.
 
 `pretrain.py` trains the pocket teacher's autoencoder and U-Net with it.
 """
 
 from __future__ import annotations
 
+import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,10 +28,16 @@ class Training:
 
     `muon` names the parameters that Muon (Jordan et al. 2024) moves, by orthogonalised momentum; a
     convolution's kernel (out, in, h, w) counts as the matrix (out, in h w). AdamW moves the others.
+    `images` are those that a model new here has seen elsewhere.
     """
 
     def __init__(
-        self, model: nn.Module, path: Path, ema_decay: float, muon: frozenset[str] = frozenset()
+        self,
+        model: nn.Module,
+        path: Path,
+        ema_decay: float,
+        muon: frozenset[str] = frozenset(),
+        images: int = 0,
     ) -> None:
         self.model, self.path = model, path
         named = dict(model.named_parameters())
@@ -45,7 +53,7 @@ class Training:
                 self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
             )
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.step = self.images = 0
+        self.step, self.images = 0, images
         if path.exists():
             tensors, meta = load_tensors(path)
             self.model.load_state_dict(
@@ -83,3 +91,28 @@ class Training:
         self.ema.update_parameters(self.model)
         self.step += 1
         self.images += images
+
+
+def plot_curves(columns: Mapping[Path, str], picture: Path) -> None:
+    """A column of each log, smoothed, side by side as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(4.5 * len(columns), 3), layout="constrained", squeeze=False
+    )
+    for axis, (log, column) in zip(axes.flat, columns.items(), strict=True):
+        with log.open(newline="", encoding="utf-8") as file:
+            rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file)]
+        width = max(1, len(rows) // 100)
+        means = [
+            sum(value for _, value in rows[i : i + width]) / len(rows[i : i + width])
+            for i in range(0, len(rows), width)
+        ]
+        axis.plot([step for step, _ in rows[::width]], means)
+        axis.set(title=f"{log.stem}: {column}", xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(picture, dpi=80)
+    plt.close(figure)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 import pretrain
 from autoencoder import VAE_CONFIG, augment, mixed_precision, reconstruction_psnr, vae_loss
 from data import load_target
 from pipelines import AutoencoderDC, load_pocket
-from runfolder import load_tensors
+from runfolder import UserError, load_tensors, read_json
 from training import Training, learning_rate
 
 TINY = pretrain.Config(
@@ -49,6 +50,34 @@ def test_a_stopped_training_ends_as_the_undisturbed_one(tmp_path, monkeypatch):
         assert all(torch.equal(whole[0][key], stopped[0][key]) for key in whole[0])
     pipe, _ = load_pocket(tmp_path / "stopped-assets")
     assert pipe(["a giraffe"], num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_a_finished_teacher_is_trained_on(tmp_path):
+    first = dataclasses.replace(TINY, out=tmp_path / "out", assets=tmp_path / "first")
+    pretrain.pretrain(first)
+    begun = dataclasses.replace(
+        first, initial=first.assets, out=tmp_path / "more", assets=tmp_path / "second", unet_lr=0.0
+    )
+    pretrain.pretrain(begun)  # at no learning rate, nothing moves
+    for part in ("vae", "unet"):
+        before, after = (
+            load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            for folder in (first.assets, begun.assets)
+        )
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    figures = [read_json(folder / "training.json") for folder in (first.assets, begun.assets)]
+    assert [f["images_seen"] for f in figures] == [12, 24]
+    assert [f["vae_images_seen"] for f in figures] == [6, 6]
+    again = dataclasses.replace(begun, assets=first.assets, export=True)
+    for _ in range(2):  # over the one that it began from, and once more: nothing counts twice
+        pretrain.pretrain(again)
+        assert read_json(first.assets / "training.json")["images_seen"] == 24
+
+
+def test_what_is_no_teacher_is_not_trained_on(tmp_path):
+    with pytest.raises(UserError, match=r"--initial .*holds no training\.json; give a folder"):
+        pretrain.pretrain(dataclasses.replace(TINY, out=tmp_path, initial=tmp_path))
 
 
 def test_the_autoencoder_s_loss_is_the_sum_of_its_parts():
