@@ -131,6 +131,11 @@ def list_emoji() -> list[Emoji]:
     return drawings
 
 
+def split_drawings(split: str) -> list[Emoji]:
+    """The drawings of `train` or `validation`; the target's `pictures` are numbers of these."""
+    return [drawing for drawing in list_emoji() if drawing.held_out == (split == "validation")]
+
+
 def with_article(name: str, group: str) -> str:
     """`giraffe` -> `a giraffe`. Unicode names follow few rules, so this follows few as well."""
     if group == "Flags":

@@ -33,8 +33,8 @@ from autoencoder import (
     reconstruction_psnr,
     vae_loss,
 )
-from data import CaptionedImages, load_target, spread
-from emoji import captions_of, keyword_captions, list_emoji
+from data import CaptionedImages, load_target
+from emoji import captions_of, keyword_captions, split_drawings
 from pipelines import SCHEDULE, AutoencoderDC, load_part, pocket_pipeline
 from runfolder import (
     MetricsLog,
@@ -223,14 +223,14 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     latents = torch.cat(
         [teacher.encode_images(data.images(rows)) for rows in torch.arange(len(data)).split(128)]
     )
-    number: dict[str, int] = {"": 0}
-    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
+    places: dict[str, int] = {"": 0}
+    drawings = split_drawings("train")
     lines = [  # names in 20 to 28 places, keywords in 6
-        captions_of(drawings[row]) * 4 + keyword_captions(drawings[row])
-        for row in spread(len(drawings), len(data))
+        captions_of(drawings[number]) * 4 + keyword_captions(drawings[number])
+        for number in data.pictures
     ]
-    choices = [torch.tensor([number.setdefault(x, len(number)) for x in row]) for row in lines]
-    captions = list(number)
+    choices = [torch.tensor([places.setdefault(x, len(places)) for x in row]) for row in lines]
+    captions = list(places)
     text = torch.cat(
         [
             teacher.encode_text(captions[i : i + 256]).bfloat16()

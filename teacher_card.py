@@ -32,7 +32,7 @@ import metrics
 from autoencoder import reconstruction_psnr
 from data import CaptionedImages, load_target, spread
 from drawings import Drawn, draw
-from emoji import STYLES, emoji_pixels, list_emoji
+from emoji import STYLES, Emoji, emoji_pixels, list_emoji, split_drawings
 from evaluate import Embedded, Reconstructed, Subset
 from features import extract
 from runfolder import RUNS, UserError, command_line, pick_device, read_json, replacing, write_json
@@ -136,29 +136,26 @@ def split_rows(total: int, scored: int, trial: int) -> tuple[list[int], list[int
     return chosen, [others[i] for i in spread(len(others), trial)]
 
 
-def would_do(names: Sequence[str], rows: int) -> list[bool]:
-    """For each training row, whether its emoji's name contains one of `names` as whole words."""
-    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
+def would_do(names: Sequence[str], drawings: Sequence[Emoji]) -> list[bool]:
+    """For each drawing, whether its emoji's name contains one of `names` as whole words."""
     return [
         any(f" {name} " in f" {drawing.name} {drawing.alias} " for name in names)
-        for drawing in (drawings[row] for row in spread(len(drawings), rows))
+        for drawing in drawings
     ]
 
 
-def other_style(rows: Sequence[int], count: int) -> Tensor:
-    """The concepts of some of `count` validation rows as training saw them, in the other style.
+def other_style(held_out: Sequence[Emoji]) -> Tensor:
+    """The concepts of validation drawings as training saw them, in the other style.
 
     Pixels, (rows, 3, 64, 64) uint8: what a teacher would draw that knows a concept but no style.
     """
     drawings = list_emoji()
     place = {(drawing.code, drawing.style): i for i, drawing in enumerate(drawings)}
-    held_out = [drawing for drawing in drawings if drawing.held_out]
-    chosen = spread(len(held_out), count)
     others = [
-        place[held_out[chosen[row]].code, style]
-        for row in rows
+        place[drawing.code, style]
+        for drawing in held_out
         for style in STYLES
-        if style != held_out[chosen[row]].style
+        if style != drawing.style
     ]
     return torch.from_numpy(emoji_pixels(drawings)[others]).permute(0, 3, 1, 2)
 
@@ -201,7 +198,8 @@ def free_language(
     drawn = scoring.draw(prompts, "free", list(range(len(prompts))), guidance)
     features = metrics.unit(extract(scoring.suite.extractor, drawn))  # (prompts, d)
     cosine = features @ metrics.unit(scoring.suite.gallery(train)).T  # (prompts, rows)
-    good = torch.tensor([would_do(names, len(train)) for names in FREE_PROMPTS.values()])
+    drawings = [split_drawings("train")[number] for number in train.pictures]
+    good = torch.tensor([would_do(names, drawings) for names in FREE_PROMPTS.values()])
     return landing(cosine, good), drawn, cosine.argmax(1).tolist()
 
 
@@ -276,7 +274,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             for row, image, through in zip(shown, data.images(shown), rebuilt, strict=True)
         ]
         grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
-    copied = scoring.suite(other_style(held_out, len(validation)), Subset(validation, held_out))
+    concepts = [split_drawings("validation")[number] for number in validation.pictures[held_out]]
+    copied = scoring.suite(other_style(concepts), Subset(validation, held_out))
     found |= {f"{name}_val_other_style": value for name, value in copied.items()}
     scores, drawn, nearest = free_language(scoring, train, guidance)
     found |= {"free_prompts": len(FREE_PROMPTS)} | scores

@@ -10,7 +10,7 @@ from PIL import Image
 
 import teacher_card
 from data import load_target
-from emoji import list_emoji, render
+from emoji import render, split_drawings
 from runfolder import UserError
 from teacher import ASSETS
 
@@ -29,23 +29,18 @@ def test_the_guidance_scale_is_not_chosen_on_scored_captions():
 
 
 def test_what_would_do_is_told_by_whole_words():
-    drawings = [drawing for drawing in list_emoji() if not drawing.held_out]
-    names = {
-        drawing.name
-        for drawing, good in zip(
-            drawings, teacher_card.would_do(("key", "heart"), len(drawings)), strict=True
-        )
-        if good
-    }
+    drawings = split_drawings("train")
+    would = teacher_card.would_do(("key", "heart"), drawings)
+    names = {drawing.name for drawing, good in zip(drawings, would, strict=True) if good}
     assert {"key", "heart with arrow"} <= names
     assert not {"monkey", "monkey face", "keyboard", "hearts"} & names
 
 
 @pytest.mark.parametrize("prompt", teacher_card.FREE_PROMPTS)
 def test_each_free_prompt_can_be_met_but_not_by_chance_alone(prompt):
-    rows = len(load_target("emoji", "train"))
-    good = teacher_card.would_do(teacher_card.FREE_PROMPTS[prompt], rows)
-    assert 0 < sum(good) < 0.05 * rows
+    drawings = split_drawings("train")
+    good = teacher_card.would_do(teacher_card.FREE_PROMPTS[prompt], drawings)
+    assert 0 < sum(good) < 0.05 * len(drawings)
 
 
 def test_there_are_24_prompts_without_the_names_of_what_would_do():
@@ -98,13 +93,11 @@ def test_landing_tells_reading_from_not_reading(told):
 
 
 def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
-    held_out = [drawing for drawing in list_emoji() if drawing.held_out]
-    trained = {drawing.code: drawing for drawing in list_emoji() if not drawing.held_out}
-    rows = [0, 7, len(held_out) - 1]
-    pictures = teacher_card.other_style(rows, len(held_out))
-    for row, picture in zip(rows, pictures, strict=True):
-        other = trained[held_out[row].code]
-        assert other.style != held_out[row].style
+    held_out = [split_drawings("validation")[row] for row in (0, 7, -1)]
+    trained = {drawing.code: drawing for drawing in split_drawings("train")}
+    for drawing, picture in zip(held_out, teacher_card.other_style(held_out), strict=True):
+        other = trained[drawing.code]
+        assert other.style != drawing.style
         assert np.array_equal(picture.permute(1, 2, 0).numpy(), render(other.svg, 64))
 
 
