@@ -4,12 +4,13 @@
 
 Captions of both splits are drawn as `evaluate.py` draws them and scored in the same features. The
 guidance scale is the one of a few at which most training captions, others than those scored, find
-their own picture again; the teacher carries it as its default. Beside each distance stand two
-yardsticks: real validation pictures against real training pictures, and what the autoencoder makes
-of the real ones. A third says what knowing a concept but not the style is worth on validation
-captions: its real drawing in the other style, scored as if it had been drawn. Prompts that
-say in free words what to draw are scored by hand-made lists of the emoji that would do, beside the
-drawings of the other prompts by the same lists. Killed, the same command draws what is missing.
+their own picture again (of equals the strongest); the teacher carries it as its default. Beside
+each distance stand two yardsticks: real validation pictures against real training pictures, and
+what the autoencoder makes of the real ones. A third says what knowing a concept but not the style
+is worth on validation captions: its real drawing in the other style, scored as if it had been
+drawn. Prompts that say in free words what to draw are scored by hand-made lists of the emoji that
+would do, beside the drawings of the other prompts by the same lists. Killed, the same command draws
+what is missing.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     scored, trial = split_rows(len(train), cfg.train_images, cfg.trial_images)
     held_out = spread(len(validation), cfg.validation_images)
     by_guidance = scoring.by_guidance(train, trial)
-    guidance = float(max(by_guidance, key=lambda scale: by_guidance[scale]))
+    guidance = max(map(float, by_guidance), key=lambda scale: (by_guidance[f"{scale:g}"], scale))
     training = read_json(cfg.assets / "training.json")
     found: dict[str, Any] = {
         "guidance": guidance,
