@@ -147,7 +147,8 @@ def images_before(cfg: Config, name: str) -> int:
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     """Train (or finish training) the autoencoder; gives the averaged one, or `cfg.initial`'s."""
     if cfg.initial is not None:
-        kept: Any = load_part(cfg.initial, "vae", "AutoencoderDC")
+        kept = AutoencoderDC(**VAE_CONFIG)
+        kept.load_state_dict(load_part(cfg.initial, "vae", "AutoencoderDC").state_dict())
         return kept.requires_grad_(False).eval()
     torch.manual_seed(cfg.seed)
     vae = AutoencoderDC(**VAE_CONFIG).to(memory_format=torch.channels_last)
@@ -253,7 +254,8 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
     torch.manual_seed(cfg.seed)
     unet = UNet2DConditionModel(**UNET_CONFIG)
     if cfg.initial is not None:
-        unet = load_part(cfg.initial, "unet", "UNet2DConditionModel").train()
+        begun = load_part(cfg.initial, "unet", "UNet2DConditionModel")
+        unet.load_state_dict(begun.state_dict())
     training = Training(
         unet,
         cfg.out / "unet.safetensors",

@@ -66,6 +66,8 @@ def test_a_finished_teacher_is_trained_on(tmp_path):
         )
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+        configs = [read_json(f / part / "config.json") for f in (first.assets, begun.assets)]
+        assert configs[0] == configs[1]
     figures = [read_json(folder / "training.json") for folder in (first.assets, begun.assets)]
     assert [f["images_seen"] for f in figures] == [12, 24]
     assert [f["vae_images_seen"] for f in figures] == [6, 6]
