@@ -130,6 +130,11 @@ class Scoring:
         return found
 
 
+def best_guidance(r1: dict[str, float]) -> float:
+    """The scale of the greatest R-precision@1, of equals the strongest."""
+    return max((value, float(scale)) for scale, value in r1.items())[1]
+
+
 def split_rows(total: int, scored: int, trial: int) -> tuple[list[int], list[int]]:
     """Rows to score, and others to choose the guidance scale on, both spread over the split."""
     chosen = spread(total, scored)
@@ -199,7 +204,8 @@ def free_language(
     drawn = scoring.draw(prompts, "free", list(range(len(prompts))), guidance)
     features = metrics.unit(extract(scoring.suite.extractor, drawn))  # (prompts, d)
     cosine = features @ metrics.unit(scoring.suite.gallery(train)).T  # (prompts, rows)
-    drawings = [split_drawings("train")[number] for number in train.pictures]
+    everything = split_drawings("train")
+    drawings = [everything[number] for number in train.pictures]
     good = torch.tensor([would_do(names, drawings) for names in FREE_PROMPTS.values()])
     return landing(cosine, good), drawn, cosine.argmax(1).tolist()
 
@@ -247,7 +253,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     scored, trial = split_rows(len(train), cfg.train_images, cfg.trial_images)
     held_out = spread(len(validation), cfg.validation_images)
     by_guidance = scoring.by_guidance(train, trial)
-    guidance = max(map(float, by_guidance), key=lambda scale: (by_guidance[f"{scale:g}"], scale))
+    guidance = best_guidance(by_guidance)
     training = read_json(cfg.assets / "training.json")
     found: dict[str, Any] = {
         "guidance": guidance,
@@ -275,7 +281,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             for row, image, through in zip(shown, data.images(shown), rebuilt, strict=True)
         ]
         grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
-    concepts = [split_drawings("validation")[number] for number in validation.pictures[held_out]]
+    drawings = split_drawings("validation")
+    concepts = [drawings[number] for number in validation.pictures[held_out]]
     copied = scoring.suite(other_style(concepts), Subset(validation, held_out))
     found |= {f"{name}_val_other_style": value for name, value in copied.items()}
     scores, drawn, nearest = free_language(scoring, train, guidance)

@@ -28,6 +28,11 @@ def test_the_guidance_scale_is_not_chosen_on_scored_captions():
     assert scored == [0, 1, 2, 3, 4] and len(trial) == 3
 
 
+def test_of_equal_guidance_scales_the_strongest_is_taken():
+    assert teacher_card.best_guidance({"2": 0.6, "10": 0.6, "3": 0.6, "12": 0.5}) == 10
+    assert teacher_card.best_guidance({"2": 0.7, "3": 0.6}) == 2
+
+
 def test_what_would_do_is_told_by_whole_words():
     drawings = split_drawings("train")
     would = teacher_card.would_do(("key", "heart"), drawings)
@@ -93,7 +98,8 @@ def test_landing_tells_reading_from_not_reading(told):
 
 
 def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
-    held_out = [split_drawings("validation")[row] for row in (0, 7, -1)]
+    validation = split_drawings("validation")
+    held_out = [validation[row] for row in (0, 7, -1)]
     trained = {drawing.code: drawing for drawing in split_drawings("train")}
     for drawing, picture in zip(held_out, teacher_card.other_style(held_out), strict=True):
         other = trained[drawing.code]
