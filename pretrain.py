@@ -85,13 +85,13 @@ class Config(autoencoder.Config):
     """Images a step of the autoencoder."""
     vae_lr: float = 2e-3
     """Learning rate of the autoencoder."""
-    unet_steps: int = 30000
+    unet_steps: int = 39400
     """Training steps of the U-Net."""
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
     unet_lr: float = 1e-3
     """Learning rate of the U-Net; at twice this AdamW diverged and Muon learnt more slowly."""
-    noisy_share: float = 0.5
+    noisy_share: float = 0.7
     """Share of timesteps drawn from the noisiest three tenths; the others are uniform.
 
     By Bayes' rule over the training drawings, a noised latent alone gives away which one it was
@@ -99,14 +99,14 @@ class Config(autoencoder.Config):
     """
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
-    text_noise: float = 0.2
+    text_noise: float = 0.1
     """Standard deviation of the noise on text states, which have one of 0.43."""
     sentence_share: float = 0.05
     """Share of captions given by their sentence state in place of every token's.
 
     As many have it in the place of some, and the others are left whole.
     """
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Guidance scale that the teacher carries as its default."""
     vae_ema_decay: float = 0.995
     """Decay of the moving average of the autoencoder's weights."""

@@ -88,7 +88,7 @@ class Config:
     """Training captions drawn."""
     validation_images: int | None = None
     """Validation captions drawn; all 308 if not given."""
-    guidances: tuple[float, ...] = (2.0, 3.0, 4.5, 6.5)
+    guidances: tuple[float, ...] = (1.5, 2.0, 3.0, 4.5, 6.5)
     """Guidance scales to choose from."""
     trial_images: int = 120
     """Training captions drawn at each of them."""
