@@ -33,7 +33,7 @@ bench: setup
 	$(RUN) -m pytest bench/ --benchmark-only
 
 docs: setup
-	$(RUN) docs.py
+	$(RUN) -m docs.equations
 
 clean:
 	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

@@ -49,16 +49,20 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
+from common.randomness import batch_rows, step_generator
 from gates import ArchSpace, Layer
 from macs import MacsModel, check_budget, meet_budget
+from problem import Problem
 from prune_unet import attach_gates, inside, reader
-from runfolder import batch_rows, step_generator
-from teacher import Noised, add_noise
-from train import CHECKPOINT, Problem, optimise
+from teacher.model import Noised, add_noise
+from train import CHECKPOINT, optimise
 
 TAYLOR_STEPS = 16  # batches that `sp` looks at
+
 INTERVALS = 20  # of the noise schedule, by which `sp` weighs timesteps
+
 LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
+
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 
 

@@ -18,45 +18,40 @@ Departures from the paper:
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from torch import Tensor
 
+import baselines
 import finetune
-import metrics
 import train
-from analysis import Routed
-from cache import kept_rows, rows_key
-from comparison import aggregate, compare, markdown, parse_methods
-from data import CaptionedImages, spread
-from drawings import Drawn, draw
-from features import Rows, extract, load_extractor
-from figures import Sample
+from common.errors import UserError, command_line
+from common.files import read_json, replacing, write_json
+from common.runs import RUNS, as_json, claim, newest_run
+from evaluation import metrics
+from evaluation.analysis import Routed
+from evaluation.features import load_extractor
+from evaluation.figures import Sample
+from evaluation.generated import Drawn, draw
+from evaluation.report import Inputs, write_report
+from evaluation.scores import SUITES, Reconstructed, Subset, in_common, readable
+from evaluation.tables import aggregate, as_numbers, markdown
 from finetune import load_codes
 from macs import measure_macs
-from metrics import EMBEDDED_SIGMA
-from report import Inputs, write_report
-from results import load_split
-from runfolder import (
-    RUNS,
-    UserError,
-    as_json,
-    command_line,
-    newest_run,
-    read_json,
-    write_json,
-)
+from problem import load_split, prepare, write_results
+from router import PromptRouter
 from sample import APTPPipeline, read_prompts
-from teacher import Teacher
+from settings import FREE, Finetuning, Pruning, by_target, resolve
+from targets.images import CaptionedImages, spread
 
 SPLITS = ("train", "validation")
+
 SHOWN = ("a giraffe", "a slice of pizza")  # through every expert
 
 
@@ -87,7 +82,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     methods: str | None = None
-    """Methods to compare, with commas between; see `comparison.METHODS`."""
+    """Methods to compare, with commas between; see `METHODS`."""
     seeds: int = 1
     """Runs of each method, seeds 0, 1, ..."""
     target: str = "emoji"
@@ -110,122 +105,6 @@ class Config:
     """Comparison: fine-tuning steps of each of APTP's experts; others get as many in all."""
     out: Path | None = None
     """Comparison: its folder; runs/compare-<target>-<budget> if not given."""
-
-
-# ---- scoring ----
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some rows of a target's split, read when asked for."""
-
-    data: CaptionedImages
-    rows: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def images(self, positions: Sequence[int] | Tensor) -> Tensor:
-        return self.data.images([self.rows[int(position)] for position in positions])
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """Pictures after a way through the teacher's autoencoder: the best that it can draw."""
-
-    teacher: Teacher
-    pictures: Subset
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def images(self, positions: Sequence[int] | Tensor) -> Tensor:
-        latents = self.teacher.encode_images(self.pictures.images(positions))
-        return self.teacher.decode_latents(latents).float().cpu()
-
-
-def readable(data: CaptionedImages, rows: list[int]) -> list[int]:
-    """The rows, or, for those whose image cannot be decoded, the next that can; each one once."""
-    batches = data.batches([rows[start : start + 64] for start in range(0, len(rows), 64)])
-    return sorted({row for _, used in batches for row in used.tolist()})
-
-
-class Embedded:
-    """Scores in the features of an extractor that comes with a package."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.extractor = load_extractor("efficientnet-lite0", device)
-        self.classifier: Any = None  # of styles, fitted to the first split: the training pictures
-
-    def gallery(self, data: CaptionedImages) -> Tensor:
-        """Features of all real pictures of a split, (rows, d), from the cache or into it."""
-        pixels = hashlib.sha256(data.images(spread(len(data), 8)).numpy().tobytes()).hexdigest()
-        parts = kept_rows(
-            f"features-{rows_key(self.extractor.name, pixels, lines=data.captions)}",
-            len(data),
-            lambda batches: (self.extractor(data.images(rows)) for rows in batches),
-            part=4096,
-            batch=64,
-            what="features of real pictures",
-        )
-        return torch.cat(parts)
-
-    def __call__(self, pictures: Tensor | Rows, real: Subset) -> dict[str, float]:
-        """Frechet distance and MMD to the captions' own pictures, R-precision, style.
-
-        The last two where the target has styles: is the caption's picture the nearest of its style,
-        or among the nearest five, and would one say that it has that style?
-        """
-        styles = real.data.styles
-        features = extract(self.extractor, pictures)
-        gallery = self.gallery(real.data) if any(styles) else torch.empty(0)
-        reference = gallery[real.rows] if any(styles) else extract(self.extractor, real)
-        found = {
-            "frechet": metrics.frechet_distance(features, reference),
-            "mmd": metrics.mmd(metrics.unit(features), metrics.unit(reference), EMBEDDED_SIGMA),
-        }
-        if any(styles):
-            if self.classifier is None:
-                self.classifier = metrics.style_classifier(gallery, styles)
-            pools = [styles[row] for row in real.rows], styles
-            found["style"] = metrics.style_accuracy(self.classifier, features, pools[0])
-            for k in (1, 5):
-                truth = torch.tensor(real.rows)
-                found[f"r{k}"] = metrics.r_precision(features, gallery, truth, k, pools)
-        return found
-
-
-class Published:
-    """The paper's scores: FID in both of clean-fid's modes, CLIP score and CMMD (App. E.3)."""
-
-    def __init__(self, device: torch.device) -> None:
-        names = ("inception", "inception-legacy", "clip-vit-b-32", "clip-vit-l-14-336")
-        self.extractors = {name: load_extractor(name, device) for name in names}
-
-    def __call__(self, pictures: Rows, real: Subset) -> dict[str, float]:
-        """Scores of the pictures of the captions whose own pictures are `real`."""
-        clean, legacy, clip, large = self.extractors.values()
-        captions = [real.data.captions[row] for row in real.rows]
-        return {
-            "fid": metrics.fid(real, pictures, extractor=clean),
-            "fid_legacy": metrics.fid(real, pictures, extractor=legacy),
-            "clip_score": metrics.clip_score(pictures, captions, clip),
-            "cmmd": metrics.cmmd(real, pictures, large),
-        }
-
-
-SUITES: dict[str, Callable[[torch.device], Embedded | Published]] = {
-    "embedded": Embedded,
-    "paper": Published,
-}
-
-
-def in_common(captions: CaptionedImages, experts: list[int], split: str) -> dict[str, Any]:
-    """How much expert and group have in common, beside a shuffled control."""
-    found: dict[str, Any] = {"split": split, "prompts": len(experts)}
-    found["nmi"] = metrics.nmi(experts, captions.groups)
-    found["shuffled"] = metrics.shuffled_nmi(experts, captions.groups)
-    return found
 
 
 def score(cfg: Config, run: Path) -> dict[str, Any]:
@@ -369,7 +248,7 @@ def evaluate(cfg: Config) -> None:
         print(markdown("Scores", aggregate(score(cfg, run)["rows"])))
         return
     methods = parse_methods(cfg.methods)
-    pruning = train.Config(
+    pruning = Pruning(
         target=cfg.target,
         teacher=cfg.teacher,
         budget=cfg.budget,
@@ -380,9 +259,9 @@ def evaluate(cfg: Config) -> None:
         joint_steps=cfg.joint_steps,
         device=cfg.device,
     )
-    steps = cfg.finetune_steps or finetune.by_target(cfg.target)["steps"]
+    steps = cfg.finetune_steps or by_target(cfg.target)["steps"]
     folder = cfg.out or RUNS / f"compare-{cfg.target}-{cfg.budget:g}"
-    tuning = finetune.Config(device=cfg.device)
+    tuning = Finetuning(device=cfg.device)
     alone = replace(cfg, dense=False)
     compare(folder, methods, cfg.seeds, steps, pruning, tuning, lambda run: score(alone, run))
     print((folder / "tables.md").read_text(encoding="utf-8"))
@@ -394,3 +273,159 @@ def main() -> None:
 
 if __name__ == "__main__":
     command_line(main)
+
+
+APTP: dict[str, dict[str, Any]] = {
+    "aptp": {},
+    "contrastive": {"transport": False, "distill": False},
+    "transport": {"distill": False},
+}
+
+METHODS = (*APTP, *baselines.METHODS)
+
+TABLE_3 = ("uni-arch", "contrastive", "transport", "aptp")
+
+RUN_FILES = (  # of the pruning stage
+    "config.json",
+    "router.safetensors",
+    "codes.safetensors",
+    "assignments.json",
+    "metrics.csv",
+    "summary.json",
+)
+
+
+def parse_methods(text: str) -> list[str]:
+    """Methods named with commas between. Raises `UserError` for one that does not exist."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods {name} is unknown; choose among: {', '.join(METHODS)}")
+    if not names:
+        raise UserError(f"--methods names none; choose among: {', '.join(METHODS)}")
+    return list(dict.fromkeys(names))
+
+
+def prune(method: str, cfg: Pruning) -> None:
+    """Make the run folder `cfg.out` of a method, unless it is there. Raises `UserError`."""
+    if method in APTP:
+        train.train(replace(cfg, **APTP[method]))
+        return
+    depth = baselines.DEPTHS.get(method, cfg.depth)
+    cfg = resolve(replace(cfg, num_experts=1, depth=depth))
+    assert cfg.out
+    settings = as_json(cfg) | {"method": method}
+    claim(cfg.out, settings, free=FREE)
+    if (cfg.out / "summary.json").exists():
+        return
+    problem = prepare(cfg)
+    write_json(cfg.out / "config.json", settings)
+    code = baselines.METHODS[method](problem)  # (1, D)
+    router = PromptRouter(problem.z.shape[1], problem.space.size, 1)
+    write_results(cfg, problem, router, {}, codes=code, method=method)
+
+
+def finetuned(run: Path, method: str, steps: int, cfg: Finetuning) -> Path:
+    """A copy of a pruned run whose experts are fine-tuned for `steps` steps each."""
+    folder = run.with_name(f"{run.name}@{steps}")
+    if not (folder / "summary.json").exists():
+        for name in RUN_FILES:  # the summary last: a folder without it is copied again
+            if (run / name).exists():
+                with replacing(folder / name) as temporary:
+                    shutil.copyfile(run / name, temporary)
+    if method != "dense":
+        finetune.finetune(replace(cfg, run=folder, steps=steps))
+    return folder
+
+
+def compare(
+    folder: Path,
+    methods: Sequence[str],
+    seeds: int,
+    steps: int,
+    pruning: Pruning,
+    tuning: Finetuning,
+    score: Callable[[Path], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Make and score every cell that is missing; write the tables after each.
+
+    Args:
+        folder: of the comparison.
+        methods: of `METHODS`.
+        seeds: how many of each.
+        steps: fine-tuning steps of one of APTP's experts.
+        pruning, tuning: settings that all cells share.
+        score: scores a run folder: its metrics.json.
+
+    Returns:
+        The scores of all cells, flat dictionaries.
+    """
+    cells = [(method, seed) for seed in range(seeds) for method in methods]
+    for number, (method, seed) in enumerate(cells, start=1):
+        print(f"--- cell {number} of {len(cells)}: {method}, seed {seed}", flush=True)
+        run = folder / f"{method}-{seed}"
+        prune(method, replace(pruning, seed=seed, out=run))
+        experts = read_json(run / "summary.json")["num_experts"]
+        own = steps * pruning.num_experts // experts
+        done = finetuned(run, method, own, replace(tuning, seed=seed))
+        if not (done / "report" / "metrics.json").exists():
+            score(done)
+        write_tables(folder)
+    return collect(folder)
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """The scores of all cells that are there, each with its method, seed and steps."""
+    rows = []
+    for path in sorted(folder.glob("*@*/report/metrics.json")):
+        name, steps = path.parent.parent.name.rsplit("@", 1)
+        method, seed = name.rsplit("-", 1)
+        experts = read_json(path.parent.parent / "summary.json")["num_experts"]
+        for row in read_json(path)["rows"]:
+            if row["method"] == method:
+                cell = {
+                    "seed": int(seed),
+                    "steps": int(steps),
+                    "steps_in_all": int(steps) * experts,
+                }
+                rows.append(row | cell)
+    order = {method: place for place, method in enumerate(METHODS)}
+    return sorted(
+        rows, key=lambda r: (r["split"], r["steps_in_all"], order[r["method"]], r["seed"])
+    )
+
+
+def write_tables(folder: Path) -> None:
+    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far."""
+    rows = collect(folder)
+    lines = aggregate(rows)
+    write_json(folder / "metrics.json", {"cells": rows, "means": as_numbers(lines)})
+    pictures = [line for line in lines if line["split"] != "prompts"]
+    parts = {"Table 1: methods at one budget": pictures}
+    ablation = [line for line in pictures if line["method"] in TABLE_3]
+    if {"contrastive", "transport"} & {line["method"] for line in ablation}:
+        place = {method: k for k, method in enumerate(TABLE_3)}
+        ablation.sort(key=lambda line: (line["split"], place[line["method"]]))
+        parts["Table 3: ablation"] = ablation
+    if len({line["steps_in_all"] for line in pictures if line["method"] != "dense"}) > 1:
+        by_steps = sorted(
+            pictures, key=lambda line: (line["split"], line["method"], line["steps_in_all"])
+        )
+        parts["Table 5: by fine-tuning steps"] = by_steps
+    prompts = [line for line in lines if line["split"] == "prompts"]
+    if prompts:
+        parts["Table 6: free prompts"] = prompts
+    with replacing(folder / "tables.md") as temporary:
+        text = "\n".join(markdown(title, part) for title, part in parts.items() if part)
+        temporary.write_text(text, encoding="utf-8")
+    columns = sorted(
+        {key for line in lines for key in line}, key=lambda key: (key != "method", key)
+    )
+    with (
+        replacing(folder / "tables.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, ["table", *columns])
+        writer.writeheader()
+        for title, part in parts.items():
+            writer.writerows({"table": title.split(":")[0]} | line for line in part)

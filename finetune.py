@@ -21,9 +21,8 @@ from __future__ import annotations
 import csv
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -32,82 +31,23 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
+from common.checkpoint import load_optimizer, optimizer_tensors
+from common.errors import UserError, command_line
+from common.files import MetricsLog, load_tensors, read_json, remove_leftovers, save_tensors
+from common.processes import pick_device
+from common.randomness import batch_rows, step_generator
+from common.runs import newest_run, refuse_other_settings
 from gates import ArchSpace
-from prune_unet import BlockRecorder, cut_expert, save_expert
-from results import load_split
-from runfolder import (
-    MetricsLog,
-    UserError,
-    batch_rows,
-    command_line,
-    load_optimizer,
-    load_tensors,
-    newest_run,
-    optimizer_tensors,
-    pick_device,
-    read_json,
-    refuse_other_settings,
-    remove_leftovers,
-    save_tensors,
-    step_generator,
-)
-from teacher import Encoded, Noised, Teacher, add_noise, encode_target, load_teacher
+from problem import load_split
+from prune_unet import cut_expert, save_expert
+from settings import IDENTITY, Finetuning, by_target
+from teacher.blocks import BlockRecorder
+from teacher.encoded import Encoded, encode_target
+from teacher.model import Noised, Teacher, add_noise, load_teacher
 
-
-@dataclass(frozen=True)
-class Config:
-    """The fine-tuning stage. Fields that say "by target" are filled in from `BY_TARGET`."""
-
-    run: Path | None = None
-    """Run folder; the newest run if not given."""
-    expert: int | None = None
-    """One expert's number; all of them if not given."""
-    steps: int | None = None
-    """Steps an expert; by target (emoji: 100, paper: 30000)."""
-    batch_size: int | None = None
-    """Images a step; by target (emoji: 32, paper: 128)."""
-    micro_batch: int | None = None
-    """Images that go through the U-Nets at once; by target (emoji: all, others: 32)."""
-    lr: float | None = None
-    """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
-    alpha_ddpm: float = 1e-4
-    """Weight of the denoising loss in Eq. 30 (paper: 1e-4)."""
-    alpha_distill: float = 1.0
-    """Weight of distillation (paper: 1.0)."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: str = "fp32"
-    """fp32, bf16 or fp16: of the teacher, and of the expert's products; its weights are fp32."""
-    checkpointing: bool = False
-    """Gradient checkpointing: less memory for one more forward a step."""
-    save_every: int = 50
-    """Steps between checkpoints."""
-
-
-BY_TARGET: dict[str, dict[str, Any]] = {
-    "emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4},
-    "paper": {"steps": 30_000, "batch_size": 128, "lr": 1e-5, "micro_batch": 32},  # App. E.2
-}
 TERMS = ("loss", "denoising", "distillation")
+
 HALF_SCALE = 1024.0  # of the loss in half precision, undone in its gradients
-IDENTITY = (
-    "steps",
-    "batch_size",
-    "lr",
-    "alpha_ddpm",
-    "alpha_distill",
-    "caption_dropout",
-    "seed",
-)  # an expert made with other values of these is another expert
-
-
-def by_target(target: str) -> dict[str, Any]:
-    """Settings that depend on the target; the paper's for all but emoji."""
-    return BY_TARGET.get(target, BY_TARGET["paper"])
 
 
 def expert_path(run: Path, expert: int) -> Path:
@@ -137,7 +77,7 @@ def finetuning_step(
     expert: UNet2DConditionModel,
     recorders: tuple[BlockRecorder, BlockRecorder],
     batch: Noised,
-    cfg: Config,
+    cfg: Finetuning,
 ) -> dict[str, Tensor]:
     """Eq. 30 for one batch: the loss and its terms, scalars; leaves the gradients.
 
@@ -168,7 +108,7 @@ def finetuning_step(
 
 
 def finetune_expert(
-    cfg: Config,
+    cfg: Finetuning,
     run: Path,
     i: int,
     teacher: Teacher,
@@ -246,7 +186,7 @@ def first_and_last(run: Path, i: int) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def finetune(cfg: Config) -> None:
+def finetune(cfg: Finetuning) -> None:
     """Fine-tune the experts of a run that are not done yet.
 
     Raises `UserError` for what the user can mend.
@@ -313,7 +253,7 @@ def finetune(cfg: Config) -> None:
 
 
 def main() -> None:
-    finetune(tyro.cli(Config, description=__doc__))
+    finetune(tyro.cli(Finetuning, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
 FEEDFORWARD_SLICES = 32
+
 DEPTH_MODES = ("paper", "all", "none")
 
 

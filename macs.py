@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import UserError
 from gates import ArchSpace, Layer, binarize
-from runfolder import UserError
 
 LEFTOVER = 0.01  # of the budget that `meet_budget` may leave unused
 

@@ -9,23 +9,146 @@ twice the expert's forward for its backward pass. Autoencoder and text encoder a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-import finetune
+from common.errors import UserError
 from gates import ArchSpace
-from macs import check_budget, example_inputs, measure_macs, skeleton
-from teacher import PRECISIONS
-from unets import load_shape
+from macs import (
+    MacsModel,
+    check_budget,
+    example_inputs,
+    measure_macs,
+    module_macs,
+    paper_macs,
+    skeleton,
+)
+from settings import Pruning, by_target
+from teacher.model import PRECISIONS
+from teacher.shapes import PIXELS, load_shape
 
-if TYPE_CHECKING:
-    from train import Config
+
+def level_costs(
+    unet: UNet2DConditionModel, macs: MacsModel, *, latent_size: int, text_tokens: int = 77
+) -> list[dict[str, Any]]:
+    """Units, parameters, MACs and prunable share of MACs of each down, middle and up block.
+
+    What lies outside the blocks is split into `input` and `output`.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel, on any device.
+        macs: its T(a), for the same `latent_size` and `text_tokens`.
+    """
+    model = skeleton(unet)
+    counts = module_macs(model, example_inputs(model, latent_size, text_tokens))
+    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    blocks += ["mid_block"] if unet.mid_block is not None else []
+    blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+
+    def level_of(name: str) -> str:
+        inner = next((block for block in blocks if name.startswith(block + ".")), "input")
+        return "output" if name.startswith(("conv_norm_out.", "conv_out.")) else inner
+
+    params: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        params[level_of(name)] += parameter.numel()
+    level_macs = Counter(
+        {block: counts[block] for block in blocks} | {"output": counts["conv_out"]}
+    )
+    level_macs["input"] = counts[""] - level_macs.total()
+    rows = []
+    for level in ("input", *blocks, "output"):
+        layers = [layer for layer in macs.space.layers if layer.name.startswith(level + ".")]
+        code = torch.ones(macs.space.size)
+        units: Counter[str] = Counter()
+        for layer in layers:
+            code[layer.span] = macs.smallest()[layer.span]
+            units[layer.kind] += layer.units
+        gone = macs.dense - round(macs(code).item())
+        rows.append(
+            {
+                "level": level,
+                "units": units.total(),
+                "groups": units["resnet"],
+                "heads": units["attention"],
+                "ff": units["feedforward"],
+                "depth": units["depth"],
+                "params": params[level],
+                "macs": level_macs[level],
+                "prunable": gone / level_macs[level],
+            }
+        )
+    return rows
+
+
+def describe(
+    name: str, resolution: int | None = None, text_tokens: int = 77, depth: str = "paper"
+) -> dict[str, Any]:
+    """Units, parameters and MACs of a U-Net, in all and a level.
+
+    Args:
+        name: as `load_shape` takes it.
+        resolution: pixels a side, a multiple of 8; None for the U-Net's own.
+        text_tokens: length of the text states.
+        depth: as `ArchSpace.from_unet` takes it.
+
+    Raises:
+        UserError: an argument is none of these.
+    """
+    unet = load_shape(name)
+    if resolution is None and not isinstance(unet.config.sample_size, int):
+        raise UserError(f"--unet {name} states no size of its own; give --resolution")
+    resolution = PIXELS * unet.config.sample_size if resolution is None else resolution
+    if resolution < PIXELS or resolution % PIXELS:
+        raise UserError(f"--resolution {resolution} is not a multiple of {PIXELS}; try 768")
+    if text_tokens < 1:
+        raise UserError(f"--text-tokens {text_tokens} is too small; choose 1 or more")
+    space = ArchSpace.from_unet(unet, depth)
+    sizes = {"latent_size": resolution // PIXELS, "text_tokens": text_tokens}
+    macs = measure_macs(unet, space, **sizes)
+    return {
+        "unet": name,
+        "resolution": resolution,
+        "text_tokens": text_tokens,
+        "units": space.size,
+        "groups": space.count("resnet"),
+        "heads": space.count("attention"),
+        "ff": space.count("feedforward"),
+        "depth": space.count("depth"),
+        "params": sum(p.numel() for p in unet.parameters()),
+        "macs": macs.dense,
+        "macs_paper": paper_macs(unet, latent_size=sizes["latent_size"]),
+        "floor": macs.floor / macs.dense,
+        "levels": level_costs(unet, macs, **sizes),
+    }
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """The levels of a U-Net, one a line, then the whole."""
+    columns = ("units", "groups", "heads", "ff", "depth")
+    unit, per_unit = ("G", 1e9) if found["macs"] >= 1e10 else ("M", 1e6)
+    total = {**found, "level": "total", "prunable": 1 - found["floor"]}
+    print(f"{found['unet']}, {found['resolution']} px, {found['text_tokens']} text tokens")
+    heads = "".join(f"{name:>8}" for name in columns)
+    print(f"{'level':<14}{heads}{'parameters':>15}{'MACs':>12}{'prunable':>10}")
+    for row in [*found["levels"], total]:
+        counts = "".join(f"{row[name]:>8}" for name in columns)
+        numbers = (
+            f"{row['params']:>15,}{row['macs'] / per_unit:>10.2f} {unit}{row['prunable']:>10.1%}"
+        )
+        print(f"{row['level']:<14}{counts}{numbers}")
+    print(f"lowest budget {found['floor']:.4f}: removable layers gone, one unit left in the others")
+    print(f"MACs by the paper's convention {found['macs_paper'] / per_unit:.2f} {unit}")
+
 
 HUB_SHAPES = {"stable-diffusion-2-1": "sd21", "stable-diffusion-2-1-base": "sd21-base"}
+
 TEXT_TOKENS = {"pocket": 20}  # 77 for the others
+
 GIB = 2**30
 
 
@@ -54,7 +177,7 @@ def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) 
     return total
 
 
-def plan(cfg: Config) -> str:
+def plan(cfg: Pruning) -> str:
     """The plan of a run, several lines. Raises `UserError` where the budget cannot be reached.
 
     Args:
@@ -72,7 +195,7 @@ def plan(cfg: Config) -> str:
     steps, rate = cfg.warmup_steps + cfg.joint_steps, cfg.tflops * 1e12
     of_step = forwards * cfg.batch_size * macs.dense
     hours = 2 * steps * of_step / rate / 3600
-    tuning = finetune.by_target(cfg.target)
+    tuning = by_target(cfg.target)
     of_image = (1 + 3 * cfg.budget) * macs.dense
     images = cfg.num_experts * tuning["steps"] * tuning["batch_size"]
     tuning_hours = 2 * images * of_image / rate / 3600

@@ -43,16 +43,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from common.errors import UserError, command_line
+from common.files import load_tensors, save_tensors
 from gates import ArchSpace, Layer
 
 # what a code costs is part of pruning a U-Net: the scripts import it from here
-from macs import MacsModel as MacsModel
-from macs import check_budget as check_budget
-from macs import measure_macs as measure_macs
-from macs import meet_budget as meet_budget
 from macs import skeleton
-from runfolder import UserError, command_line, load_tensors, save_tensors
-from unets import describe, print_table
+from plan import describe, print_table
 
 # ---- gates on a running U-Net ----
 
@@ -169,32 +166,6 @@ def blend(u: Tensor, output: Tensor, features: Tensor) -> Tensor:
     In a decoder's ResBlock `features` is F || F_skip, of which the leading channels are F.
     """
     return u * output + (1 - u) * features[:, : output.shape[1]]
-
-
-class BlockRecorder:
-    """Keeps the outputs of a U-Net's down, middle and up blocks, for block distillation."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.outputs: list[Tensor] = []
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        self.hooks = [
-            block.register_forward_hook(self.keep) for block in blocks if block is not None
-        ]
-
-    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # a down block also gives its skip connections
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    def take(self) -> list[Tensor]:
-        """The outputs since the last call, in the order of computation; forgets them."""
-        outputs, self.outputs = self.outputs, []
-        return outputs
-
-    def detach(self) -> None:
-        """Remove the hooks and forget the outputs."""
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks, self.outputs = [], []
 
 
 # ---- cutting ----

@@ -1,6 +1,6 @@
 """The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2, 4, 8, 20-22.
 
-A prompt becomes an embedding z (`prompt_encoder.py`), an architecture embedding e (one linear
+A prompt becomes an embedding z (`PromptEncoder`), an architecture embedding e (one linear
 layer), and then one of N architecture codes: by optimal transport over the batch while training, by
 cosine similarity afterwards.
 
@@ -33,17 +33,117 @@ Departures from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.cache import kept_rows, rows_key
+from common.errors import UserError
+from common.files import read_json
+from common.hub import (
+    PAPER_ENCODER,
+    content_hash,
+    lasting_name,
+    minilm_folder,
+    model_folder,
+    refuse_pickles,
+)
+
 # the router's first part: the scripts import it from here
-from prompt_encoder import MAX_PROMPT_CHARACTERS as MAX_PROMPT_CHARACTERS
-from prompt_encoder import PromptEncoder as PromptEncoder
-from runfolder import step_generator
+from common.randomness import step_generator
 from sinkhorn import sinkhorn
+
+PROMPT_ENCODERS = {"minilm": minilm_folder}  # those that need no download
+
+
+MAX_PROMPT_CHARACTERS = 10_000
+
+PART = 16_384  # captions a file of the cache: 50 MB at 768-d
+
+
+class PromptEncoder:
+    """A frozen Sentence Transformer.
+
+    `name`: `minilm`, a folder, or a hub id. Raises `UserError` where it cannot be loaded.
+    """
+
+    def __init__(self, name: str = "minilm", device: torch.device | str = "cpu") -> None:
+        self.folder = encoder_folder(name)
+        self.name = name if name in PROMPT_ENCODERS else lasting_name(name)
+        self.model = load_sentence_transformer(self.folder, name, device)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that an embedding depends on beside the prompt."""
+        return rows_key(content_hash(self.folder), str(MAX_PROMPT_CHARACTERS))
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """z = f_PE(p): unit-length embeddings, (B, dz), float32, on the CPU [Eq. 3]"""
+        z = self.model.encode(
+            [prompt[:MAX_PROMPT_CHARACTERS] for prompt in prompts],
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return F.normalize(z.detach().clone().float().cpu(), dim=-1)
+
+    def embeddings(self, captions: Sequence[str]) -> Tensor:
+        """z of a target's captions, (rows, dz): from the cache, or computed into it."""
+        key = rows_key(self.identity, lines=captions)
+        parts = kept_rows(
+            f"embeddings-{key}",
+            len(captions),
+            lambda batches: (self([captions[row] for row in rows.tolist()]) for rows in batches),
+            part=PART,
+            batch=512,
+            what="embedding captions",
+        )
+        return torch.cat(parts)
+
+
+def encoder_folder(name: str) -> Path:
+    """Where an encoder lies, fetched from the hub if need be; pickles and code are refused."""
+    if name in PROMPT_ENCODERS:
+        return PROMPT_ENCODERS[name]()
+    option = "--prompt-encoder"
+    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    folder = model_folder(name, option, files, f"take {' or '.join(PROMPT_ENCODERS)}")
+    refuse_pickles(folder, option)
+    modules = folder / "modules.json"
+    try:
+        kinds = [str(module["type"]) for module in read_json(modules)] if modules.exists() else []
+    except (KeyError, TypeError):
+        raise UserError(f"{modules} is no list of modules; fetch {name} again") from None
+    for kind in kinds:
+        if not kind.startswith("sentence_transformers."):
+            raise UserError(
+                f"{option} {name} needs code of its own ({kind}), which is not run; choose "
+                f"{PAPER_ENCODER} or another model without"
+            )
+    return folder
+
+
+def load_sentence_transformer(folder: Path, name: str, device: torch.device | str) -> Any:
+    """Raises `UserError` where the folder is damaged, incomplete or of another kind."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=str(device),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+        )
+    except Exception as error:  # the libraries raise all kinds over a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"--prompt-encoder {name} could not be loaded from {folder} ({reason}); fetch it "
+            f"again, or take {' or '.join(PROMPT_ENCODERS)}"
+        ) from None
 
 
 class PromptRouter(nn.Module):

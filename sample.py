@@ -31,20 +31,15 @@ import tyro
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw
 
+from common.errors import UserError, command_line
+from common.files import load_tensors, read_json, replacing
+from common.processes import pick_device
+from common.runs import newest_run
 from finetune import expert_path, load_codes
 from gates import ArchSpace
 from prune_unet import cut_expert, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
-from runfolder import (
-    UserError,
-    command_line,
-    load_tensors,
-    newest_run,
-    pick_device,
-    read_json,
-    replacing,
-)
-from teacher import Teacher, load_teacher
+from teacher.model import Teacher, load_teacher
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ by optimal transport. The U-Net's weights stay frozen throughout, and the teache
 with its gates open. At the end the codes become binary, so that the experts' mean MACs over the
 training prompts meet the budget. A killed run goes on with the same command. A batch goes through
 the U-Net in micro-batches and over as many processes as there are, but transport and contrastive
-loss always see all of it (`pruning_step.py`).
+loss always see all of it (`PruningStep`).
 
 Departures from the paper:
 - On `emoji`, far fewer and larger steps than the paper's 3000 at 2e-4: the defaults depend on the
@@ -27,8 +27,6 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,252 +34,165 @@ import tyro
 from torch import Tensor, nn
 from tqdm import trange
 
-from data import CaptionedImages, check_target, load_target
-from emoji import EMOJI_SIZE
-from gates import DEPTH_MODES, ArchSpace
-from macs import MacsModel, check_budget, measure_macs
-from pipelines import STABLE_DIFFUSION
+import losses
+from common.checkpoint import load_optimizer, optimizer_tensors
+from common.errors import UserError, command_line
+from common.files import MetricsLog, load_tensors, read_json, save_tensors, write_json
+from common.processes import (
+    add_up,
+    everybodys,
+    own_rows,
+    rank,
+    stop_processes,
+    wait,
+)
+from common.randomness import batch_rows, step_generator
+from common.runs import as_json, claim
+from gates import gumbel_sigmoid
+from macs import MacsModel
 from plan import plan
-from processes import everybodys, own_rows, rank, start_processes, stop_processes, wait
-from prompt_encoder import PAPER_ENCODER, PromptEncoder
-from prune_unet import attach_gates
-from pruning_step import TERMS, PruningStep
-from results import print_table, write_results
+from problem import Problem, prepare, print_table, write_results
+from prune_unet import GateHandle, attach_gates
 from router import PromptRouter
-from runfolder import (
-    RUNS,
-    MetricsLog,
-    UserError,
-    as_json,
-    batch_rows,
-    claim,
-    command_line,
-    load_optimizer,
-    load_tensors,
-    optimizer_tensors,
-    pick_device,
-    read_json,
-    save_tensors,
-    step_generator,
-    write_json,
-)
-from teacher import PRECISIONS, Encoded, Teacher, add_noise, encode_target, load_teacher
+from settings import FREE, PRESETS, Pruning, resolve
+from teacher.blocks import BlockRecorder
+from teacher.model import Noised, Teacher, add_noise
+
+TERMS = ("loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio", "usage")
+
+HALF_SCALE = 1024.0  # of a sample's loss in half precision, undone in its gradient
 
 
-@dataclass(frozen=True)
-class Config:
-    """The pruning stage. Fields that say "by target" are filled in from `PRESETS`."""
+class PruningStep:
+    """What one training step computes: Eq. 15 for one batch, as a dictionary of terms.
 
-    target: str = "emoji"
-    """Captioned images to prune on: emoji, coco, cc3m, or a folder with metadata.jsonl."""
-    teacher: str | None = None
-    """The model to prune; by target (emoji: pocket, others: the hub's copy of SD 2.1).
-
-    `pocket`, a folder in the diffusers pipeline layout, a hub id, or a published shape with random
-    weights such as sd21-random.
+    The router's part sees the whole batch. The U-Net's part runs on this process's rows, a
+    micro-batch at a time, forward and backward, and leaves the gradient with respect to the gates:
+    the one thing in which the two parts meet.
     """
-    budget: float = 0.78
-    """T_d.
 
-    Mean MACs of the experts over the training prompts, as a share of the teacher's (paper: 0.64 to
-    0.85).
-    """
-    num_experts: int = 8
-    """N, the number of architecture codes (paper: 8 or 16)."""
-    data_dir: Path | None = None
-    """Folder of the target's files, for coco and cc3m."""
-    prompt_encoder: str | None = None
-    """f_PE; by target (emoji: minilm, paper: all-mpnet-base-v2)."""
-    resolution: int | None = None
-    """Pixels a side while pruning; the teacher's own, at most 256, if not given (paper: 256)."""
-    warmup_steps: int | None = None
-    """Steps in which only the predictor is trained; by target (emoji: 40, paper: 500)."""
-    joint_steps: int | None = None
-    """Steps in which predictor and codes are trained; by target (emoji: 160, paper: 2500)."""
-    batch_size: int | None = None
-    """Prompts a step; by target (emoji: 64, paper: 1024)."""
-    micro_batch: int | None = None
-    """Prompts that go through the U-Net at once; by target (emoji: all, paper: 64)."""
-    lr: float | None = None
-    """AdamW's learning rate of predictor and codes; by target (emoji: 0.05, paper: 2e-4)."""
-    lr_warmup: int | None = None
-    """Steps of linear learning-rate warm-up; by target (emoji: 10, paper: 100)."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: str = "fp32"
-    """Of the frozen teacher: fp32, bf16 or fp16. The router is fp32 always."""
-    checkpointing: bool = False
-    """Gradient checkpointing: less memory for one more forward a step."""
-    cache_latents: bool = False
-    """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
-    out: Path | None = None
-    """Run folder; runs/<target>-<budget> if not given."""
-    lambda_distill: float = 0.2
-    """Weight of distillation in Eq. 15 (paper: 0.2)."""
-    lambda_res: float = 2.0
-    """Weight of the resource loss (paper: 2.0)."""
-    lambda_cont: float = 100.0
-    """Weight of the contrastive loss (paper: 100)."""
-    gumbel_temp: float = 0.4
-    """gamma, temperature of the Gumbel-sigmoid (paper: 0.4)."""
-    contrast_temp: float = 0.03
-    """tau, temperature of the contrastive similarities (paper: 0.03)."""
-    eps: float = 0.05
-    """Entropy weight of the transport (paper: 0.05)."""
-    sinkhorn_iterations: int = 3
-    """Iterations of the transport (paper: 3)."""
-    open_logit: float = 2.0
-    """Where logits start; the paper does not say."""
-    transport: bool = True
-    """Assign training prompts by optimal transport; --no-transport is Table 3's second row."""
-    distill: bool = True
-    """Distil from the teacher while pruning; --no-distill is Table 3's third row."""
-    center: bool = True
-    """Route on centred vectors; --no-center is the paper's letter."""
-    depth: str = "paper"
-    """Which layers may be removed: paper, all or none."""
-    limit: int | None = None
-    """Use only this many training prompts, for a quick trial; all if not given."""
-    save_every: int = 20
-    """Steps between checkpoints."""
-    dry_run: bool = False
-    """Print the plan (MACs, memory, hours, disk) and stop; needs no weights and no data."""
-    tflops: float = 125.0
-    """Sustained TFLOP/s that the plan's hours are for (an A100 in bf16: about 125)."""
+    def __init__(
+        self,
+        cfg: Pruning,
+        teacher: Teacher,
+        router: PromptRouter,
+        gates: GateHandle,
+        macs: MacsModel,
+    ) -> None:
+        self.cfg, self.teacher, self.router = cfg, teacher, router
+        self.gates, self.macs = gates, macs
+        self.blocks = BlockRecorder(teacher.unet)
+        # half precision has no room for gradients as small as those of a sample among many
+        half = next(teacher.unet.parameters()).dtype == torch.float16
+        self.scale = HALF_SCALE * cfg.batch_size if half and cfg.batch_size else 1.0
 
+    def __call__(
+        self,
+        z: Tensor,
+        batch: Noised,
+        draw: torch.Generator,
+        *,
+        warmup: bool,
+        own: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its terms, scalars.
 
-BY_TARGET: dict[str, dict[str, Any]] = {
-    "emoji": {
-        "teacher": "pocket",
-        "prompt_encoder": "minilm",
-        "warmup_steps": 40,
-        "joint_steps": 160,
-        "batch_size": 64,
-        "lr": 0.05,
-        "lr_warmup": 10,
-    },
-    "paper": {  # App. E.2; for every target that is not listed
-        "teacher": STABLE_DIFFUSION,
-        "prompt_encoder": PAPER_ENCODER,
-        "warmup_steps": 500,
-        "joint_steps": 2500,
-        "batch_size": 1024,
-        "micro_batch": 64,
-        "lr": 2e-4,
-        "lr_warmup": 100,
-    },
-}
-PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
-    "coco-base": {"target": "coco", "budget": 0.78, "num_experts": 8},
-    "coco-small": {"target": "coco", "budget": 0.64, "num_experts": 8},
-    "cc3m-base": {"target": "cc3m", "budget": 0.85, "num_experts": 16},
-    "cc3m-small": {"target": "cc3m", "budget": 0.66, "num_experts": 8},
-}
-PAPER_PIXELS = 256
-FREE = (  # may differ when a run is resumed
-    "device",
-    "out",
-    "save_every",
-    "micro_batch",
-    "checkpointing",
-    "cache_latents",
-    "dry_run",
-    "tflops",
-)
+        Args:
+            z: prompt embeddings of the whole batch, (B, dz).
+            batch: noised latents of the rows `own`, (b, ...).
+            draw: the step's randomness, the same in every process.
+            warmup: each prompt is pruned by its own architecture e'.
+            own: this process's rows of the batch, (b,); all if absent.
+        """
+        cfg, B = self.cfg, len(z)
+        e = self.router(z)  # (B, D)
+        e_prime = gumbel_sigmoid(e, cfg.gumbel_temp, generator=draw)  # (B, D)
+        experts: Tensor | None = None
+        a = e_prime  # during warm-up, each prompt has its own architecture
+        if not warmup:
+            A = gumbel_sigmoid(self.router.codes, cfg.gumbel_temp, generator=draw)  # (N, D)
+            experts, a = self.router.assign(
+                e, A, eps=cfg.eps, iterations=cfg.sinkhorn_iterations, transport=cfg.transport
+            )
+        mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
+        resource = losses.resource_loss(mean_macs, cfg.budget * self.macs.dense)
+        contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp)
 
-
-def resolve(cfg: Config) -> Config:
-    """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
-    check_target(cfg.target)
-    if cfg.depth not in DEPTH_MODES:
-        raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
-    if cfg.precision not in PRECISIONS:
-        raise UserError(
-            f"--precision {cfg.precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        weights = losses.sample_weights(experts, cfg.num_experts, B).to(a)  # (B,)
+        rows = torch.arange(B) if own is None else own
+        denoising, distillation, slope = self.image_losses(a.detach(), weights, batch, rows)
+        loss = losses.pruning_loss(
+            denoising,
+            distillation,
+            resource,
+            contrastive,
+            experts,
+            cfg.num_experts,
+            cfg.lambda_distill,
+            cfg.lambda_res,
+            cfg.lambda_cont,
         )
-    given = {key: value for key, value in asdict(cfg).items() if value is not None}
-    defaults = BY_TARGET.get(cfg.target, BY_TARGET["paper"])
-    cfg = replace(cfg, **{key: given.get(key, value) for key, value in defaults.items()})
-    assert (
-        cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
-    )
-    for name, value, least in (
-        ("num-experts", cfg.num_experts, 1),
-        ("batch-size", cfg.batch_size, 2),
-        ("warmup-steps", cfg.warmup_steps, 0),
-        ("joint-steps", cfg.joint_steps, 1),
-        ("save-every", cfg.save_every, 1),
-        ("micro-batch", 1 if cfg.micro_batch is None else cfg.micro_batch, 1),
-        ("limit", cfg.num_experts if cfg.limit is None else cfg.limit, cfg.num_experts),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value} is too small; choose {least} or more")
-    if cfg.num_experts > cfg.batch_size:
-        raise UserError(
-            f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
-            "transport gives every expert a share of each batch; lower the one or raise the other"
-        )
-    return replace(cfg, out=cfg.out or RUNS / f"{Path(cfg.target).name}-{cfg.budget:g}")
+        loss = loss + (slope * (a - a.detach())).sum()  # zero, with the image losses' gradient
+        share = torch.full((B,), 1 / B)  # of the prompts, by architecture
+        if experts is not None:
+            share = torch.bincount(experts.cpu(), minlength=cfg.num_experts) / B
+        return {
+            "loss": loss,
+            "denoising": denoising.mean(),
+            "distillation": distillation.mean(),
+            "resource": resource,
+            "contrastive": contrastive,
+            "macs_ratio": mean_macs / self.macs.dense,
+            "usage": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()),
+        }
 
+    def image_losses(
+        self, a: Tensor, weights: Tensor, batch: Noised, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Denoising and distillation losses, and the gradient of their weighted sum.
 
-@dataclass(frozen=True)
-class Problem:
-    """What a pruning method is given."""
+        Args:
+            a: gates of the whole batch, (B, D), without gradient.
+            weights: what each sample counts, (B,).
+            batch: noised latents of `rows`, (b, ...).
+            rows: this process's rows, (b,).
 
-    cfg: Config
-    teacher: Teacher
-    space: ArchSpace
-    macs: MacsModel
-    data: CaptionedImages
-    validation: CaptionedImages
-    encoder: PromptEncoder
-    z: Tensor  # embeddings of the training prompts, (rows, dz)
-    encoded: Encoded  # the training rows as the U-Net reads them
-    seconds: float  # that encoding took
-
-
-def prepare(cfg: Config) -> Problem:
-    """Load the teacher and the target, and encode the target's training rows.
-
-    Raises `UserError`.
-    """
-    assert cfg.teacher and cfg.prompt_encoder
-    device = start_processes(pick_device(cfg.device))
-
-    def load_split(split: str, pixels: int) -> CaptionedImages:
-        limit = cfg.limit if split == "train" else None
-        where: dict[str, Any] = {"data_dir": cfg.data_dir, "resolution": pixels}
-        return load_target(cfg.target, split, seed=cfg.seed, limit=limit, **where)
-
-    pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
-    splits = [load_split(split, pixels) for split in ("train", "validation")]
-    teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
-    if cfg.resolution is None:
-        teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
-    if teacher.resolution != pixels:  # data first, since what is missing there is found at once
-        splits = [load_split(split, teacher.resolution) for split in ("train", "validation")]
-    data, validation = splits
-    if cfg.checkpointing:
-        teacher.unet.enable_gradient_checkpointing()
-    space = ArchSpace.from_unet(teacher.unet, cfg.depth)
-    macs = measure_macs(
-        teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens
-    )
-    check_budget(cfg.budget, macs)
-    clock = time.time()
-    encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
-    z = encoder.embeddings(data.captions)  # (rows, dz)
-    encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
-    seconds = time.time() - clock
-    return Problem(cfg, teacher, space, macs, data, validation, encoder, z, encoded, seconds)
+        Returns:
+            (B,), (B,) and (B, D), summed over the processes.
+        """
+        cfg, unet = self.cfg, self.teacher.unet
+        denoising, distillation = torch.zeros_like(weights), torch.zeros_like(weights)
+        slope = torch.zeros_like(a)
+        for part in torch.arange(len(rows)).split(cfg.micro_batch or len(a)):
+            now, inputs = rows[part].to(a.device), batch.part(part)
+            teacher_output, teacher_blocks = None, []
+            if cfg.distill:
+                self.gates.set_gates(None)
+                with torch.no_grad():
+                    teacher_output = unet(**inputs.inputs()).sample
+                teacher_blocks = self.blocks.take()
+            gates = a[now].requires_grad_()
+            self.gates.set_gates(gates)  # until after backward, which checkpointing needs
+            output = unet(**inputs.inputs()).sample
+            blocks = self.blocks.take()
+            image = losses.denoising_loss(output, inputs.target)  # (b,)
+            denoising[now] = image.detach()
+            if teacher_output is not None:
+                distance = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
+                distillation[now] = distance.detach()
+                image = image + cfg.lambda_distill * distance
+            (self.scale * (weights[now] * image).sum()).backward()
+            self.gates.set_gates(None)
+            assert gates.grad is not None
+            slope[now] = gates.grad / self.scale
+        add_up(denoising, distillation, slope)
+        return denoising, distillation, slope
 
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def train(cfg: Config) -> dict[str, Any]:
+def train(cfg: Pruning) -> dict[str, Any]:
     """Run (or go on with) the pruning stage.
 
     Gives the run's summary. Raises `UserError` for what the user can mend.
@@ -381,15 +292,15 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
     return router, seconds
 
 
-def read_command_line(arguments: list[str]) -> Config:
-    """`Config` from arguments; `--preset NAME` sets what the other arguments do not."""
+def read_command_line(arguments: list[str]) -> Pruning:
+    """`Pruning` from arguments; `--preset NAME` sets what the other arguments do not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     preset, rest = parser.parse_known_args(arguments)
     if preset.preset not in (None, *PRESETS):
         raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
-    start = Config(**PRESETS.get(preset.preset, {}))
-    return tyro.cli(Config, args=rest, default=start, description=__doc__)
+    start = Pruning(**PRESETS.get(preset.preset, {}))
+    return tyro.cli(Pruning, args=rest, default=start, description=__doc__)
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from bench.costs import (
     variants,
     with_random_weights,
 )
+from common.errors import UserError, quiet_libraries
+from common.runs import RUNS
 from macs import MacsModel, measure_macs
-from runfolder import RUNS, UserError, quiet_libraries
-from unets import PIXELS, load_shape
+from teacher.shapes import PIXELS, load_shape
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

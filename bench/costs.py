@@ -20,10 +20,12 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from common.errors import UserError
+from common.files import load_tensors, read_json
+from common.randomness import step_generator
 from gates import ArchSpace
 from macs import MacsModel, example_inputs, measure_macs, meet_budget, paper_macs, skeleton
 from prune_unet import cut_in_place
-from runfolder import UserError, load_tensors, read_json, step_generator
 
 TABLE_4 = (0.65, 0.77, 0.78, 0.79, 0.79, 0.80, 0.81, 0.83)  # MACs ratios of APTP-Base on COCO
 SEED = 0

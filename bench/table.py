@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from runfolder import replacing
+from common.files import replacing
 
 SLACK = 0.05  # by which an expert's latency ratio may exceed its MACs ratio
 PAPER = (  # Table 1: MACs by the paper's count, seconds a sample of 25 steps, A100, 768 px

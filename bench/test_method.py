@@ -15,13 +15,14 @@ import torch
 import losses
 from bench.costs import TEXT_TOKENS, with_random_weights
 from macs import example_inputs, measure_macs, skeleton
-from prune_unet import BlockRecorder, attach_gates
-from pruning_step import PruningStep
+from prune_unet import attach_gates
 from router import PromptRouter
+from settings import Pruning
 from sinkhorn import sinkhorn
-from teacher import Noised
-from train import Config
-from unets import PIXELS, load_shape
+from teacher.blocks import BlockRecorder
+from teacher.model import Noised
+from teacher.shapes import PIXELS, load_shape
+from train import PruningStep
 
 BATCH = 2
 EXPERTS = 8
@@ -80,7 +81,7 @@ def stepper(unet, num_experts, batch):
     gates = attach_gates(unet)
     macs = measure_macs(unet, gates.space, latent_size=latent_size, text_tokens=tokens)
     router = PromptRouter(PROMPT_DIM, gates.space.size, num_experts).to(batch.sample.device)
-    cfg = Config(num_experts=num_experts)
+    cfg = Pruning(num_experts=num_experts)
     step = PruningStep(cfg, SimpleNamespace(unet=unet), router, gates, macs)
     draw = torch.Generator().manual_seed(0)
     z = torch.randn(len(batch.sample), PROMPT_DIM, generator=draw).to(batch.sample.device)

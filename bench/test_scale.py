@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from runfolder import read_json
+from common.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 9e9  # bytes of memory
@@ -34,8 +34,8 @@ from pathlib import Path
 from finetune import expert_path, load_codes
 from gates import ArchSpace
 from prune_unet import cut_expert, load_expert, save_expert
-from runfolder import read_json
-from teacher import load_teacher
+from common.files import read_json
+from teacher.model import load_teacher
 
 run = Path(sys.argv[2])
 unet = load_teacher("sd21-random").unet

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from bench.costs import SEED, TEXT_TOKENS
-from data import load_target
+from common.files import save_tensors, write_json
+from common.randomness import step_generator
 from macs import measure_macs, meet_budget
 from prune_unet import cut_expert, load_expert, save_expert
 from router import PromptEncoder, PromptRouter
-from runfolder import save_tensors, step_generator, write_json
 from sample import APTPPipeline
-from unets import PIXELS, load_shape
+from targets.images import load_target
+from teacher.shapes import PIXELS, load_shape
 
 EXPERTS = 8
 BUDGET = 0.78

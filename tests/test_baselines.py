@@ -15,22 +15,17 @@ from torch import nn
 
 import baselines
 import losses
-import train
 from baselines import METHODS
+from common.randomness import step_generator
 from gates import ArchSpace, gumbel_noise, gumbel_sigmoid
 from macs import measure_macs, skeleton
-from prune_unet import (
-    BlockRecorder,
-    attach_gates,
-    check_code,
-    cut_expert,
-    cut_in_place,
-    inside,
-    reader,
-)
-from runfolder import step_generator
-from teacher import ASSETS, Encoded, Teacher, add_noise
-from unets import load_shape
+from problem import Problem
+from prune_unet import attach_gates, check_code, cut_expert, cut_in_place, inside, reader
+from settings import Pruning
+from teacher.blocks import BlockRecorder
+from teacher.encoded import Encoded
+from teacher.model import Teacher, add_noise
+from teacher.shapes import ASSETS, load_shape
 
 ROWS, STEPS = 24, 3
 SHARES = st.floats(0, 1)  # of the way from the smallest expert to the dense model
@@ -49,13 +44,13 @@ def problem_of(make_inputs, tmp_path_factory):
             prices[key] = unet, measure_macs(unet, space, latent_size=8, text_tokens=5)
         macs = prices[key][1]
         options = {"warmup_steps": 1, "joint_steps": STEPS - 1, "batch_size": 6, "lr": 0.1}
-        cfg = train.Config(**{"budget": budget, "lr_warmup": 2, "out": out, **options, **settings})
+        cfg = Pruning(**{"budget": budget, "lr_warmup": 2, "out": out, **options, **settings})
         schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
         teacher = Teacher("tiny", SimpleNamespace(unet=unet, scheduler=schedule), 1.0)
         inputs = make_inputs(unet, ROWS, seed=3)
         encoded = Encoded(inputs["sample"], inputs["encoder_hidden_states"], torch.arange(ROWS))
         z = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0))
-        return train.Problem(cfg, teacher, macs.space, macs, None, None, None, z, encoded, 0.0)
+        return Problem(cfg, teacher, macs.space, macs, None, None, None, z, encoded, 0.0)
 
     return make
 

@@ -17,9 +17,10 @@ from PIL import Image
 
 import bench.conftest
 from bench import costs, table
+from common.errors import UserError
+from common.files import save_tensors, write_json
 from macs import example_inputs, measure_macs, module_macs
 from prune_unet import cut_expert
-from runfolder import UserError, save_tensors, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -11,17 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-import comparison
-import drawings
 import evaluate
 import finetune
 import train
-from data import load_target
-from features import Extractor
+from common.errors import UserError
+from common.files import load_tensors, read_json, write_json
+from evaluation import generated as drawings
+from evaluation import tables
+from evaluation.features import Extractor
 from macs import measure_macs
 from prune_unet import load_expert
-from runfolder import UserError, load_tensors, read_json, write_json
 from sample import APTPPipeline
+from settings import Finetuning, Pruning
+from targets.images import load_target
 
 SMALL = evaluate.Config(
     methods="dense,random",
@@ -120,7 +122,7 @@ class Tags(HTMLParser):
 
 def test_a_run_with_experts_is_scored_and_reported(tmp_path):
     run = tmp_path / "run"
-    cfg = train.Config(
+    cfg = Pruning(
         budget=0.7, num_experts=2, warmup_steps=1, joint_steps=1, batch_size=4, limit=24, out=run
     )
     train.train(dataclasses.replace(cfg, device="cpu"))
@@ -139,7 +141,7 @@ def test_a_run_with_experts_is_scored_and_reported(tmp_path):
     # another expert, other pictures
     pipeline = APTPPipeline.from_pretrained(run, "cpu")
     old = drawings.identity(pipeline, SMALL, None)
-    finetune.finetune(finetune.Config(run=run, steps=1, batch_size=4, device="cpu"))
+    finetune.finetune(Finetuning(run=run, steps=1, batch_size=4, device="cpu"))
     assert drawings.identity(pipeline, SMALL, None) != old
     assert drawings.identity(pipeline, SMALL, -1) == drawings.identity(pipeline, SMALL, -1)
     other = dataclasses.replace(SMALL, seed=1)
@@ -188,19 +190,19 @@ def cell(method: str, seed: int, **scores: float) -> dict:
 
 def test_means_and_deviations_are_over_seeds():
     rows = [cell("norm", 0, r1=0.5), cell("norm", 1, r1=0.7), cell("norm", 2, r1=0.9)]
-    (line,) = comparison.aggregate([*rows])
+    (line,) = tables.aggregate([*rows])
     assert line["r1"] == pytest.approx(0.7) and line["seeds"] == 3
     assert line["r1_std"] == pytest.approx(statistics.stdev([0.5, 0.7, 0.9]))
-    (single,) = comparison.aggregate(rows[:1])
+    (single,) = tables.aggregate(rows[:1])
     assert single["r1"] == 0.5 and math.isnan(single["r1_std"])
-    assert "| 0.700 ± 0.200 |" in comparison.markdown("T", [line])
-    assert "| 0.500 |" in comparison.markdown("T", [single])
+    assert "| 0.700 ± 0.200 |" in tables.markdown("T", [line])
+    assert "| 0.500 |" in tables.markdown("T", [single])
 
 
 def test_tables_3_and_5_come_with_their_cells(tmp_path):
     def make(method: str, steps: int, r1: float) -> None:
         run = tmp_path / f"{method}-0@{steps}"
-        experts = 2 if method in comparison.APTP else 1
+        experts = 2 if method in evaluate.APTP else 1
         write_json(run / "summary.json", {"num_experts": experts})
         row = {"method": method, "split": "validation", "r1": r1, "frechet": 1.0}
         write_json(
@@ -209,12 +211,12 @@ def test_tables_3_and_5_come_with_their_cells(tmp_path):
 
     make("uni-arch", 100, 0.4)
     make("aptp", 50, 0.6)
-    comparison.write_tables(tmp_path)
+    evaluate.write_tables(tmp_path)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "Table 3" not in text and "Table 5" not in text and "autoencoder" not in text
     make("contrastive", 50, 0.3)
     make("aptp", 100, 0.7)
-    comparison.write_tables(tmp_path)
+    evaluate.write_tables(tmp_path)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     third = text[text.index("Table 3") : text.index("Table 5")]
     names = [line.split("|")[1].strip() for line in third.splitlines()[4:] if "|" in line]
@@ -240,8 +242,8 @@ def test_nonsense_is_refused_in_one_line(tmp_path):
 
 
 def test_bksdm_runs_in_its_own_space(compared, tmp_path):
-    cfg = train.Config(budget=0.7, limit=24, batch_size=8, out=tmp_path / "bksdm", device="cpu")
-    comparison.prune("bksdm", cfg)
+    cfg = Pruning(budget=0.7, limit=24, batch_size=8, out=tmp_path / "bksdm", device="cpu")
+    evaluate.prune("bksdm", cfg)
     tensors, meta = load_tensors(tmp_path / "bksdm" / "codes.safetensors")
     pipeline = APTPPipeline.from_pretrained(tmp_path / "bksdm", "cpu")
     assert meta["depth"] == "all" and pipeline.space.depth == "all"

@@ -27,9 +27,12 @@ import torch
 from safetensors.torch import save_file
 
 import finetune
-import runfolder
 import train
-from runfolder import UserError, load_tensors, save_tensors
+from common import files
+from common.errors import UserError, command_line, quiet_libraries
+from common.files import load_tensors, save_tensors
+from problem import prepare
+from settings import Pruning, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -105,12 +108,12 @@ def nan_output(step: int) -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "": lambda: None,
     "killed before config.json is in place": lambda: on_call(
-        runfolder.os, "replace", 0, lambda *_: die()
+        files.os, "replace", 0, lambda *_: die()
     ),
-    "killed half way through a checkpoint": lambda: on_call(runfolder, "save_file", 1, half_a_file),
-    "killed before the summary": lambda: on_call(runfolder, "save_file", 4, half_a_file),
+    "killed half way through a checkpoint": lambda: on_call(files, "save_file", 1, half_a_file),
+    "killed before the summary": lambda: on_call(files, "save_file", 4, half_a_file),
     "killed before the checkpoint goes": lambda: on_call(Path, "unlink", 0, lambda *_, **__: die()),
-    "disk full": lambda: on_call(runfolder, "save_file", 2, no_room),
+    "disk full": lambda: on_call(files, "save_file", 2, no_room),
     "NaN": lambda: nan_output(5),
 }
 
@@ -124,8 +127,8 @@ def serve(folder: Path) -> None:
     Prints its number and, once it is over, its exit status.
     """
     torch.set_num_threads(1)
-    runfolder.quiet_libraries()
-    problem = train.prepare(train.resolve(settings(folder / "none")))
+    quiet_libraries()
+    problem = prepare(resolve(settings(folder / "none")))
     problem = replace(problem, validation=problem.validation.take(range(8)))
     print("ready", flush=True)
     for line in sys.stdin:
@@ -143,7 +146,7 @@ def serve(folder: Path) -> None:
             sys.argv = [f"{script}.py", *arguments]
             code: Any = 0
             try:
-                runfolder.command_line({"train": train.main, "finetune": finetune.main}[script])
+                command_line({"train": train.main, "finetune": finetune.main}[script])
             except SystemExit as stopped:
                 code = stopped.code
             os._exit(99 if unpickled else code)
@@ -163,7 +166,7 @@ def watch_unpickling() -> list[str]:
     return asked
 
 
-def settings(out: Path) -> train.Config:
+def settings(out: Path) -> Pruning:
     return train.read_command_line(options(ARGUMENTS, out=out))
 
 
@@ -336,13 +339,13 @@ def test_ctrl_c_is_one_line_and_can_be_gone_on_from(forks, undisturbed):
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
 def test_a_disk_that_fills_up_under_the_log_is_one_line(tmp_path, capsys):
-    log = runfolder.MetricsLog(tmp_path / "metrics.csv", ["loss"], 0)
+    log = files.MetricsLog(tmp_path / "metrics.csv", ["loss"], 0)
     log.close()
     # closing it fails, too
     with contextlib.suppress(OSError), Path("/dev/full").open("a", encoding="utf-8") as full:
         log.writer, log.file = csv.writer(full), full
         with pytest.raises(SystemExit) as stopped:
-            runfolder.command_line(lambda: log.write(0, {"loss": 1.0}))
+            command_line(lambda: log.write(0, {"loss": 1.0}))
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1, lines
     assert "No space left" in lines[0] and "room" in lines[0]
@@ -424,7 +427,7 @@ def test_a_file_of_another_program_is_refused(tmp_path, header):
     save_file({"x": torch.ones(2)}, path, None if header is None else {"header": header})
     with pytest.raises(UserError, match=r"a\.safetensors is damaged"):
         load_tensors(path)
-    assert runfolder.checksum(path) is None
+    assert files.checksum(path) is None
 
 
 @pytest.mark.parametrize(

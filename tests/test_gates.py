@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gates import ArchSpace, binarize, gumbel_noise, gumbel_sigmoid, open_probability
-from unets import load_shape
+from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
 

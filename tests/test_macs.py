@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import UserError
 from gates import ArchSpace, binarize
 from macs import check_budget, measure_macs, meet_budget, paper_macs, skeleton
 from prune_unet import cut_in_place
-from runfolder import UserError
-from unets import load_shape
+from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
 aten = torch.ops.aten

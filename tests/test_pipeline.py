@@ -20,14 +20,16 @@ from PIL import Image
 import finetune
 import sample
 import train
+from common.errors import UserError, command_line
+from common.files import load_tensors, read_json, save_tensors, write_json
 from gates import ArchSpace
 from macs import example_inputs, measure_macs, module_macs
 from prune_unet import load_expert
-from runfolder import UserError, command_line, load_tensors, read_json, save_tensors, write_json
-from teacher import load_teacher
+from settings import Finetuning, Pruning
+from teacher.model import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = train.Config(
+SMALL = Pruning(
     budget=0.7,
     num_experts=3,
     warmup_steps=2,
@@ -45,7 +47,7 @@ def run(tmp_path_factory):
     """A run of five training steps and of five fine-tuning steps for expert 1."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     train.train(dataclasses.replace(SMALL, out=folder))
-    finetune.finetune(finetune.Config(run=folder, expert=1, steps=5, batch_size=4, device="cpu"))
+    finetune.finetune(Finetuning(run=folder, expert=1, steps=5, batch_size=4, device="cpu"))
     return folder
 
 
@@ -103,7 +105,7 @@ def test_a_finetuned_expert_is_the_cut_network_trained(run):
 def test_finished_work_is_not_done_again(run, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     train.train(dataclasses.replace(SMALL, out=run))
-    finetune.finetune(finetune.Config(run=run, expert=1, steps=5, batch_size=4, device="cpu"))
+    finetune.finetune(Finetuning(run=run, expert=1, steps=5, batch_size=4, device="cpu"))
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert "complete" in capsys.readouterr().out
 
@@ -244,9 +246,9 @@ def test_other_settings_do_not_overwrite_a_run(run):
     with pytest.raises(UserError, match=r"budget: 0\.7, now 0\.6"):
         train.train(dataclasses.replace(SMALL, out=run, budget=0.6))
     with pytest.raises(UserError, match="steps: 5, now 6"):
-        finetune.finetune(finetune.Config(run=run, expert=1, steps=6, batch_size=4, device="cpu"))
+        finetune.finetune(Finetuning(run=run, expert=1, steps=6, batch_size=4, device="cpu"))
     with pytest.raises(UserError, match="expert 9"):
-        finetune.finetune(finetune.Config(run=run, expert=9, device="cpu"))
+        finetune.finetune(Finetuning(run=run, expert=9, device="cpu"))
     assert (run / "summary.json").read_bytes() == before
     assert json.loads(before)["budget"] == 0.7
 
@@ -256,7 +258,7 @@ def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     copy_run(run, folder)
-    cfg = finetune.Config(run=folder, expert=1, steps=5, batch_size=4, device="cpu", save_every=1)
+    cfg = Finetuning(run=folder, expert=1, steps=5, batch_size=4, device="cpu", save_every=1)
     step, calls = finetune.finetuning_step, []
 
     def stop_at_three(*arguments):

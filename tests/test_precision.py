@@ -14,9 +14,11 @@ import finetune
 import train
 from gates import ArchSpace, binarize
 from macs import measure_macs
-from prune_unet import BlockRecorder, attach_gates, cut_expert
+from prune_unet import attach_gates, cut_expert
 from router import PromptRouter
-from teacher import Noised
+from settings import Finetuning, Pruning
+from teacher.blocks import BlockRecorder
+from teacher.model import Noised
 
 pytestmark = pytest.mark.parametrize("unet", ["sd2"], indirect=True)
 B, N, DZ = 7, 3, 12
@@ -68,9 +70,7 @@ def pruned(teacher: Any, batch: Noised, **options: Any) -> tuple[dict[str, Tenso
     macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=5)
     gates = attach_gates(teacher.unet, space)
     # the image losses alone: the router's other terms are computed in float32 always
-    cfg = train.Config(
-        num_experts=N, batch_size=B, budget=0.6, lambda_res=0, lambda_cont=0, **options
-    )
+    cfg = Pruning(num_experts=N, batch_size=B, budget=0.6, lambda_res=0, lambda_cont=0, **options)
     step = train.PruningStep(cfg, teacher, router, gates, macs)
     terms = step(z, batch, torch.Generator().manual_seed(5), warmup=False)
     terms["loss"].backward()
@@ -89,7 +89,7 @@ def tuned(
     if checkpointing:
         expert.enable_gradient_checkpointing()
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
-    cfg = finetune.Config(alpha_ddpm=1.0, **options)  # so that both terms weigh
+    cfg = Finetuning(alpha_ddpm=1.0, **options)  # so that both terms weigh
     terms = finetune.finetuning_step(teacher, expert, recorders, batch, cfg)
     for recorder in recorders:
         recorder.detach()
@@ -132,7 +132,7 @@ def test_half_precision_keeps_the_gradients_of_a_large_batch(unet, batch):
         space = gates.space
         router = PromptRouter(DZ, space.size, N)
         macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=5)
-        step = train.PruningStep(train.Config(batch_size=1024), teacher, router, gates, macs)
+        step = train.PruningStep(Pruning(batch_size=1024), teacher, router, gates, macs)
         step.scale = step.scale if scaled else 1.0
         a = torch.rand(B, space.size, generator=torch.Generator().manual_seed(4))
         weights = torch.full((B,), 1 / 1024)

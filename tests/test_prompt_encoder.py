@@ -9,10 +9,9 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from emoji import minilm_folder
-from prompt_encoder import PAPER_ENCODER, PromptEncoder
-from router import MAX_PROMPT_CHARACTERS
-from runfolder import UserError
+from common.errors import UserError
+from common.hub import PAPER_ENCODER, minilm_folder
+from router import MAX_PROMPT_CHARACTERS, PromptEncoder
 
 PROMPTS = ["a giraffe", "an elephant in the savanna", "a slice of pizza", "the japan flag"]
 

@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prune_unet
+from common.errors import UserError
+from common.files import save_tensors
 from gates import ArchSpace, binarize, gumbel_sigmoid
-from prune_unet import (
-    BlockRecorder,
-    attach_gates,
-    cut_expert,
-    load_expert,
-    measure_macs,
-    save_expert,
-)
-from runfolder import UserError, save_tensors
+from macs import measure_macs
+from prune_unet import attach_gates, cut_expert, load_expert, save_expert
+from teacher.blocks import BlockRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("resnet", "attention", "feedforward", "depth")

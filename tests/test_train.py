@@ -15,12 +15,15 @@ import torch
 
 import losses
 import train
+from common.files import load_tensors
+from common.randomness import step_generator
 from gates import ArchSpace, gumbel_sigmoid
 from macs import measure_macs
-from prune_unet import BlockRecorder, attach_gates
+from prune_unet import attach_gates
 from router import PromptRouter
-from runfolder import load_tensors, step_generator
-from teacher import Noised, add_noise, load_teacher
+from settings import Pruning
+from teacher.blocks import BlockRecorder
+from teacher.model import Noised, add_noise, load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 B, N, DZ = 7, 3, 12
@@ -48,7 +51,7 @@ def problem(unet, make_inputs):
     return unet, space, router, macs, batch, torch.randn(B, DZ)
 
 
-def eq_15(problem, cfg: train.Config, warmup: bool) -> torch.Tensor:
+def eq_15(problem, cfg: Pruning, warmup: bool) -> torch.Tensor:
     """The objective of one batch as one differentiable expression."""
     unet, space, router, macs, batch, z = problem
     draw = torch.Generator().manual_seed(5)
@@ -93,7 +96,7 @@ def gradients(router: PromptRouter, loss: torch.Tensor) -> list[torch.Tensor]:
 )
 def test_a_step_in_parts_is_eq_15_in_one_piece(problem, options, warmup):
     unet, space, router, macs, batch, z = problem
-    cfg = train.Config(num_experts=N, budget=0.6, lambda_cont=1.0, **options)
+    cfg = Pruning(num_experts=N, budget=0.6, lambda_cont=1.0, **options)
     expected = eq_15(problem, cfg, warmup)
     wanted = gradients(router, expected)
     gates = attach_gates(unet, space)
@@ -110,7 +113,11 @@ def test_checkpointed_steps_have_the_same_gradients(problem):
     unet, space, router, macs, batch, z = problem
     gates = attach_gates(unet, space)
     step = train.PruningStep(
-        train.Config(num_experts=N, micro_batch=4), SimpleNamespace(unet=unet), router, gates, macs
+        Pruning(num_experts=N, micro_batch=4),
+        SimpleNamespace(unet=unet),
+        router,
+        gates,
+        macs,
     )
     found = []
     for checkpointing in (False, True):
@@ -153,7 +160,7 @@ def test_a_samples_noise_does_not_depend_on_how_the_batch_is_shared_out():
 
 def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
     """A batch of 7 over 2 processes; one of them is killed half way, and the job started again."""
-    cfg = train.Config(
+    cfg = Pruning(
         budget=0.7,
         num_experts=N,
         warmup_steps=2,

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from small_data import write
 
-from data import load_target
-from runfolder import read_json
-from teacher import load_teacher
+from common.files import read_json
+from targets.images import load_target
+from teacher.model import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {
@@ -94,7 +94,7 @@ def test_prune_finetune_draw_and_score_on_coco(place):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--target", "coco"), ("--data-dir", "data.py coco --download", "emoji needs nothing")),
+        (("--target", "coco"), ("--data-dir", "targets coco --download", "emoji needs nothing")),
         (("--target", "coco", "--data-dir", "gone"), ("gone", "--download", "emoji")),
         (("--target", "coco", "--data-dir", "{coco}"), ("sd2-community", "hf download")),
         (("--preset", "coco-huge"), ("coco-huge", "coco-base")),

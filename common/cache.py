@@ -1,0 +1,93 @@
+"""Rows that are computed once and kept on disk.
+
+Rows (prompt embeddings, latents) lie in parts, each a file that is written whole or not at all: a
+killed run loses the part that it was computing, a damaged part is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+from common.processes import count, rank, wait
+
+# ---- rows that are computed once ----
+
+
+def rows_key(*facts: str, lines: Iterable[str] = ()) -> str:
+    """Names the rows that are made of `lines` in the way that `facts` tell."""
+    digest = hashlib.sha256()
+    for text in (*facts, *lines):
+        line = text.encode("utf-8", "surrogatepass")
+        digest.update(len(line).to_bytes(8, "big") + line)
+    return digest.hexdigest()[:24]
+
+
+def read_part(path: Path, rows: int) -> Tensor | None:
+    """The rows of a part's file, mapped into memory; None where it is missing or damaged."""
+    try:
+        part = load_tensors(path)[0]["rows"]
+    except (UserError, KeyError):
+        return None
+    return part if len(part) == rows else None
+
+
+def kept_rows(
+    place: str,
+    rows: int,
+    compute: Callable[[Sequence[Tensor]], Iterable[Tensor]],
+    *,
+    part: int,
+    batch: int,
+    what: str,
+) -> list[Tensor]:
+    """Rows from the cache, in parts; those that are not there are computed and put there.
+
+    Many processes share out the computing; all end with the same files.
+
+    Args:
+        place: folder below `cache_folder()`, named after all that the rows depend on.
+        rows: how many there are.
+        compute: batches of row numbers (b,) -> for each its rows (b, ...), on the CPU.
+        part: rows a file.
+        batch: rows that are computed at once.
+        what: the progress bar's text.
+
+    Returns:
+        The parts, each (part, ...), the last one shorter; the system reads from disk what is used.
+    """
+    folder = cache_folder() / place
+    parts = torch.arange(rows).split(part)
+    paths = [folder / f"{number:06d}.safetensors" for number in range(len(parts))]
+    found = {k: read_part(paths[k], len(parts[k])) for k in range(rank(), len(parts), count())}
+    todo = [k for k, tensor in found.items() if tensor is None]
+    total = sum(len(parts[k]) for k in todo)
+    with tqdm(total=total, desc=what, unit="row", disable=not todo or rank() > 0) as bar:
+        for k in todo:
+            computed = []
+            for values in compute(parts[k].split(batch)):
+                computed.append(values)
+                bar.update(len(values))
+            save_tensors(paths[k], {"rows": torch.cat(computed)})
+    wait()
+    tensors = []
+    for k, path in enumerate(paths):
+        known = found.get(k)
+        tensor = read_part(path, len(parts[k])) if known is None else known
+        if tensor is None:
+            raise UserError(f"{path} was damaged while it was in use; run the same command again")
+        tensors.append(tensor)
+    return tensors
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/aptp`, normally ~/.cache/aptp."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aptp"

@@ -1,0 +1,171 @@
+"""Files that a kill never spoils: JSON, CSV and safetensors, written whole or not at all.
+
+Nothing is pickled. A file is written under a temporary name beside its place and then moved there,
+so a reader sees the old file or the new one, never half of one. Tensors carry a checksum.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success move it into place, otherwise remove it."""
+    # in a folder of its own, because safetensors has temporary files beside what it writes
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder / path.name
+        mask = os.umask(0)  # as other files: safetensors writes for its owner alone
+        os.umask(mask)
+        (folder / path.name).chmod(0o666 & ~mask)
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary folders of `replacing` that killed processes left for a file's name."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: the folder is incomplete; run the command that makes it again"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); delete it and run its command again"
+        ) from None
+
+
+def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """SHA-256 of what a file holds: its meta, and each tensor's name and bytes."""
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None
+) -> None:
+    """Write `tensors` and a JSON `meta` as one safetensors file, whole or not at all.
+
+    The file carries a checksum of both. Raises `UserError` where it cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    meta = json.loads(json.dumps(meta or {}))
+    with replacing(path) as temporary:
+        # one key: with two, their order in the file would be left to chance
+        header = json.dumps({"meta": meta, "sha256": fingerprint(plain, meta)})
+        try:
+            save_file(plain, temporary, {"header": header})
+        except SafetensorError as error:  # a full disk is one of these, and no OSError
+            raise UserError(
+                f"{path} could not be written ({error}): check that the disk has room, then run "
+                f"the same command again"
+            ) from None
+
+
+def header_of(file: Any) -> dict[str, Any]:
+    """What `save_tensors` wrote beside the tensors; empty for a file of another program."""
+    header = json.loads((file.metadata() or {}).get("header", "{}"))
+    return header if isinstance(header, dict) else {}
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises `UserError`, naming the file, where it is missing, cut short, altered or of another
+    program.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = header_of(file)
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: the folder is incomplete; run the command that makes it again"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run its command again"
+        ) from None
+    meta = header.get("meta", {})
+    if header.get("sha256") != fingerprint(tensors, meta):
+        why = "its checksum does not fit" if "sha256" in header else "it carries no checksum"
+        raise UserError(f"{path} is damaged ({why}); delete it and run its command again")
+    return tensors, meta
+
+
+def checksum(path: Path) -> str | None:
+    """The checksum that a file of `save_tensors` carries; None where there is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = header_of(file)
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
+        return None
+    return header.get("sha256")
+
+
+class MetricsLog:
+    """`metrics.csv`.
+
+    One row a step. Reopened at step k, it drops the rows from k on, which the resumed run writes
+    again.
+    """
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        rows: list[list[str]] = []
+        if path.exists() and step > 0:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [
+                    row
+                    for row in csv.reader(file)
+                    if row and row[0].isdigit() and int(row[0]) < step
+                ]
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file).writerows([["step", *columns], *rows])
+        self.columns = columns
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.writer.writerow([step, *(f"{values[name]:.6g}" for name in self.columns)])
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

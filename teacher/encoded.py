@@ -1,0 +1,146 @@
+"""A target as the U-Net reads it: latents and text states of rows.
+
+A small target is encoded up front and kept in memory; of a large one, rows are encoded when a step
+asks for them, its latents optionally once and kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cache import kept_rows, rows_key
+from common.files import fingerprint
+from targets.images import CaptionedImages, spread
+from teacher.model import Teacher
+
+IN_MEMORY = 2**30  # bytes of latents, and of text states, that are encoded up front
+
+PART = 4096  # latents a file of the cache: 67 MB at 256 px
+
+
+# ---- a target as the U-Net reads it ----
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """Rows that are made when they are asked for; `rows[numbers]`, as of a tensor of all."""
+
+    make: Callable[[Sequence[Tensor]], Iterable[Tensor]]  # batches of numbers (b,) -> (b, ...)
+    batch: int
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        return torch.cat(list(self.make(numbers.split(self.batch))))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A target's rows, on the CPU.
+
+    An image that cannot be decoded has no latents: the next readable row takes its row's place,
+    caption included. `batch` says which rows were used; where latents are made on demand, that is
+    known only once they were asked for, so `latents[rows]` comes before `text[rows]`.
+    """
+
+    latents: Tensor | OnDemand  # [rows] -> (B, C, h, w), float32
+    text: Tensor | OnDemand  # [rows] -> (B, tokens, width), text states in the teacher's precision
+    used: Tensor  # (rows,), the row itself or what stands in for it
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B,) -> the rows used instead, their latents and their text states."""
+        latents = self.latents[rows]
+        return self.used[rows], latents, self.text[rows]
+
+
+def encode_target(
+    teacher: Teacher,
+    data: CaptionedImages,
+    *,
+    cache_latents: bool = False,
+    batch: int | None = None,
+    in_memory: int = IN_MEMORY,
+) -> Encoded:
+    """A target's latents and text states: up front where they fit in memory, else on demand.
+
+    Args:
+        cache_latents: compute all latents once and keep them on disk (`common/cache.py`), each
+            image's once; for further runs on the same captions and images, too.
+        batch: rows that are encoded at once; about a million pixels if absent.
+        in_memory: bytes up to which latents, and text states, are encoded up front.
+    """
+    config, tokenizer = teacher.unet.config, teacher.pipe.tokenizer
+    of_latents = 4 * config.in_channels * teacher.latent_size**2  # bytes a row
+    of_text = teacher.dtype.itemsize * tokenizer.model_max_length * config.cross_attention_dim
+    used = torch.arange(len(data))
+    batch = batch or max(1, min(64, 2**20 // teacher.resolution**2))
+
+    def text_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows in batches:
+            yield teacher.encode_text([data.captions[row] for row in used[rows].tolist()]).cpu()
+
+    if not cache_latents and len(data) * of_latents > in_memory:
+
+        def latents_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+            for rows, (images, given) in zip(batches, data.batches(batches), strict=True):
+                used[rows] = given
+                yield teacher.encode_images(images).cpu()
+
+        return Encoded(OnDemand(latents_of, batch), OnDemand(text_of, batch), used)
+
+    latents = image_latents(teacher, data, used, cache_latents, batch)
+    if len(data) * of_text > in_memory:
+        return Encoded(latents, OnDemand(text_of, batch), used)
+    batches = torch.arange(len(data)).split(batch)
+    bar = tqdm(text_of(batches), total=len(batches), desc="encoding captions", unit="batch")
+    return Encoded(latents, torch.cat(list(bar)), used)
+
+
+def image_latents(
+    teacher: Teacher, data: CaptionedImages, used: Tensor, cache_latents: bool, batch: int
+) -> Tensor | OnDemand:
+    """All latents of a target, each image encoded once; `used` learns what could not be decoded."""
+    _, firsts, numbers = np.unique(data.pictures, return_index=True, return_inverse=True)
+    shown, picture = data.take(firsts.tolist()), torch.from_numpy(numbers)  # (images), (rows,)
+
+    def encode(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows, (images, given) in zip(batches, shown.batches(batches), strict=True):
+            latents = teacher.encode_images(images).cpu()
+            latents[given != rows] = torch.nan  # another image's
+            yield latents
+
+    batches = torch.arange(len(shown)).split(batch)
+    if cache_latents:
+        place = f"latents-{latents_key(teacher, data)}"
+        what = "encoding images"
+        parts = kept_rows(place, len(shown), encode, part=PART, batch=batch, what=what)
+    else:
+        bar = tqdm(encode(batches), total=len(batches), desc="encoding images", unit="batch")
+        parts = [torch.cat(list(bar))]
+    known = torch.cat([~part[:, 0, 0, 0].isnan() for part in parts])  # (images,)
+    for number in data.pictures[firsts[~known.numpy()]].tolist():
+        data.skipped[number] = shown.skipped.get(number, f"image {number} cannot be decoded")
+    readable = known[picture].nonzero().flatten()
+    used.copy_(readable[torch.searchsorted(readable, used) % len(readable)])
+    if not cache_latents:
+        return parts[0][picture[used]]
+
+    def rows_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for rows in batches:
+            places = picture[used[rows]].tolist()
+            yield torch.stack([parts[place // PART][place % PART] for place in places])
+
+    return OnDemand(rows_of, PART)
+
+
+def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
+    """Names the latents of a target: by autoencoder, size, rows and a few of the images' pixels."""
+    pixels = data.batch(spread(len(data), 8))[0].numpy().tobytes()
+    weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
+    digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.pictures.tobytes())]
+    return rows_key(data.name, weights, *digests, lines=data.captions)

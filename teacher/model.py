@@ -1,0 +1,210 @@
+"""The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
+
+A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
+asks it for four things: text states, latents, pictures, and its U-Net.
+
+A target is read through it as latents and text states of rows. A small target is encoded up front
+and kept in memory; of a large one, rows are encoded when a step asks for them, its latents
+optionally once and kept on disk.
+
+The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
+bear fp16, and latents that overflow are refused. Latents and targets stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from torch import Tensor
+
+from common.errors import UserError
+from common.hub import lasting_name
+from teacher.pipelines import GUIDANCE, RANDOM, load_folder, load_pocket, random_pipeline
+from teacher.shapes import ASSETS
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen pipeline.
+
+    `guidance_scale` is the classifier-free guidance that suits it; `pixels` a side of its images,
+    the U-Net's own size if absent.
+    """
+
+    name: str
+    pipe: StableDiffusionPipeline
+    guidance_scale: float
+    pixels: int | None = None
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def latent_size(self) -> int:
+        return self.resolution // int(self.pipe.vae_scale_factor)
+
+    @property
+    def text_tokens(self) -> int:
+        return int(self.pipe.tokenizer.model_max_length)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side."""
+        return self.pixels or int(self.unet.config.sample_size * self.pipe.vae_scale_factor)
+
+    def noise_schedule(self) -> DDPMScheduler:
+        """The forward process q(x_t | x_0), with `add_noise` and `get_velocity`."""
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Text states for cross-attention, (B, text_tokens, C): the path that sampling uses."""
+        return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/8, W/8).
+
+        The posterior's mean where no generator is given; float32.
+
+        Raises:
+            UserError: the autoencoder overflows in this precision.
+        """
+        encoded = self.pipe.vae.encode(images.to(self.device, self.pipe.vae.dtype))
+        # an AutoencoderDC has no posterior: it gives its latents
+        latents = retrieve_latents(encoded, generator, "argmax" if generator is None else "sample")
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"the autoencoder of --teacher {self.name} gives latents that are not finite in "
+                f"{latents.dtype}; use --precision bf16 or fp32"
+            )
+        return latents.float() * self.pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to images (B, 3, 8h, 8w) in [-1, 1]."""
+        images = self.pipe.vae.decode(
+            latents.to(self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
+        ).sample
+        return images.float().clamp(-1, 1)
+
+
+def load_teacher(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    precision: str = "fp32",
+    resolution: int | None = None,
+    pocket: Path = ASSETS / "pocket",
+) -> Teacher:
+    """A teacher by name, frozen and in eval mode on `device`.
+
+    Args:
+        name: `pocket`, `sd21-random` and its like, a pipeline's folder, or its id on the hub.
+        device: where its parts go.
+        precision: of all its parts: fp32, bf16 or fp16.
+        resolution: pixels a side; its own if absent.
+        pocket: folder of the pocket teacher's files.
+
+    Raises:
+        UserError: there is no such teacher, it cannot be loaded, or not in this way.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        )
+    settings: dict[str, Any] = {"guidance_scale": GUIDANCE}
+    shape = name.removesuffix(RANDOM)
+    if name == "pocket":
+        pipe, settings = load_pocket(pocket)
+    elif shape != name and (ASSETS / "unets" / f"{shape}.json").is_file():
+        pipe = random_pipeline(shape)
+    else:
+        pipe, settings = load_folder(name)
+        name = lasting_name(name)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval()
+        if precision != "fp32":
+            part.to(PRECISIONS[precision])
+        part.to(device)
+    pixels = choose_pixels(pipe, settings.get("resolution"), resolution)
+    return Teacher(name, pipe, float(settings["guidance_scale"]), pixels)
+
+
+def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int | None) -> int:
+    """Pixels a side: `wanted`, or `usual`, or the U-Net's own. Raises `UserError`."""
+    factor, size = pipe.vae_scale_factor, pipe.unet.config.sample_size
+    own = size * factor if isinstance(size, int) else None
+    pixels = next((value for value in (wanted, usual, own) if value is not None), None)
+    if pixels is None:
+        raise UserError("this teacher states no size of its own; give --resolution, such as 512")
+    if pixels < factor or pixels % factor:
+        raise UserError(f"--resolution {pixels} is not a multiple of {factor}; try {32 * factor}")
+    return int(pixels)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One batch at random timesteps: everything that teacher and student are asked about."""
+
+    sample: Tensor  # x_t, (B, C, h, w), in the teacher's precision, as text
+    t: Tensor  # (B,)
+    text: Tensor  # (B, tokens, width)
+    target: Tensor  # what the teacher was trained to predict, (B, C, h, w), float32
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the U-Net."""
+        return {"sample": self.sample, "timestep": self.t, "encoder_hidden_states": self.text}
+
+    def part(self, rows: Tensor) -> Noised:
+        """Some of its samples, (b',)."""
+        return Noised(self.sample[rows], self.t[rows], self.text[rows], self.target[rows])
+
+
+def add_noise(
+    teacher: Teacher,
+    x0: Tensor,
+    text: Tensor,
+    draw: torch.Generator,
+    rows: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Noised:
+    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (b, C, h, w).
+
+    Randomness is drawn on the CPU (Eqs. 1, 17).
+
+    Args:
+        rows, batch_size: the latents' places, (b,), in a batch of B that is shared out among
+            processes. Each draws for all B, so a sample's noise does not depend on the sharing.
+    """
+    schedule, device, dtype = teacher.noise_schedule(), teacher.device, teacher.dtype
+    B = len(x0) if batch_size is None else batch_size
+    noise = torch.randn(B, *x0.shape[1:], generator=draw)
+    t = torch.randint(schedule.config.num_train_timesteps, (B,), generator=draw)
+    if rows is not None:
+        noise, t = noise[rows], t[rows]
+    targets = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: schedule.get_velocity(x0, noise, t),
+        "sample": lambda: x0,
+    }
+    target = targets[schedule.config.prediction_type]()
+    sample = schedule.add_noise(x0, noise, t)
+    return Noised(sample.to(device, dtype), t.to(device), text.to(device, dtype), target.to(device))

@@ -1,0 +1,59 @@
+"""U-Nets by name, as shapes without weights.
+
+`assets/unets/` holds the configurations that the models' authors published, as far as a U-Net needs
+them: sd15, sd21-base (512 px), sd21 (768 px), sdxl.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from common.errors import UserError
+from common.files import read_json
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+PIXELS = 8  # a side of what one latent position stands for
+
+CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside text states
+    "addition_embed_type": ("text_time",),
+    "class_embed_type": (),
+    "encoder_hid_dim_type": (),
+    "num_class_embeds": (),
+}
+
+
+def load_shape(name: str) -> UNet2DConditionModel:
+    """A U-Net on the meta device, by the name of a published one or by folder.
+
+    Raises:
+        UserError: there is no such U-Net, or its configuration is not one of a U-Net.
+    """
+    files = (ASSETS / "unets").glob("*.json")
+    known = {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+    known["pocket"] = ASSETS / "pocket" / "unet" / "config.json"
+    folder = Path(name)
+    places = [known.get(name), folder / "config.json", folder / "unet" / "config.json"]
+    path = next((place for place in places if place and place.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"--unet {name} is unknown; choose {', '.join(known)}, "
+            "or a folder that holds config.json or unet/config.json"
+        )
+    config = read_json(path)
+    if not isinstance(config, dict) or "block_out_channels" not in config:
+        raise UserError(f"{path} is not the configuration of a diffusers UNet2DConditionModel")
+    for key, value in ((key, config.get(key)) for key in CONDITIONS):
+        if value and value not in CONDITIONS[key]:
+            raise UserError(
+                f"{path}: {key} {value} is not supported; it must be conditioned on text"
+            )
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config).eval()
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not the configuration of a U-Net ({reason})") from None

@@ -1,0 +1,203 @@
+"""The pocket teacher: its parts fit together, and what training sees is what sampling uses."""
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, BertModel
+
+import losses
+from common.errors import UserError
+from common.hub import minilm_folder
+from common.randomness import step_generator
+from targets.images import CaptionedImages, Unreadable, load_target
+from teacher.encoded import encode_target
+from teacher.model import Teacher, add_noise, load_teacher
+from teacher.pocket.autoencoder import reconstruction_psnr
+from teacher.shapes import ASSETS
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("pocket")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "aptp"
+
+
+PICTURES = np.array([4, 4, 9, 2, 9, 7, 7, 7, 2, 5, 5, 1])
+
+
+def target(broken: tuple[int, ...] = (), seed: int = 0) -> CaptionedImages:
+    """Twelve captions of six pictures, of which some cannot be read."""
+
+    def read(row: int) -> np.ndarray:
+        picture = int(PICTURES[row])
+        if picture in broken:
+            raise Unreadable(f"picture {picture}")
+        draw = np.random.default_rng(seed + picture)
+        return draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    captions = [f"picture {picture}, caption {row}" for row, picture in enumerate(PICTURES)]
+    nothing = [""] * len(captions)
+    return CaptionedImages("toy", captions, nothing, nothing, PICTURES, read)
+
+
+def test_it_is_frozen_and_small(teacher):
+    parts = (teacher.unet, teacher.pipe.vae, teacher.pipe.text_encoder)
+    assert not any(p.requires_grad for part in parts for p in part.parameters())
+    assert teacher.resolution == 64 and teacher.latent_size == 8
+    size = sum(file.stat().st_size for file in (ASSETS / "pocket").rglob("*") if file.is_file())
+    assert size <= 35e6
+
+
+def test_text_states_ignore_the_rest_of_the_batch(teacher):
+    together = teacher.encode_text(["a giraffe", "an outlined drawing of a left speech bubble", ""])
+    assert together.shape == (3, teacher.text_tokens, 384)
+    assert torch.allclose(together[:1], teacher.encode_text(["a giraffe"]), atol=1e-5)
+
+
+def test_text_states_are_minilms_own_the_sentences_first_and_padding_is_masked(teacher):
+    """By transformers and sentence-transformers alone."""
+    prompts = ["a giraffe, flat emoji", "", "a slice of pizza " * 20]
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    options = {"padding": "max_length", "truncation": True, "max_length": 20}
+    tokens = tokenizer(prompts, return_tensors="pt", **options)
+    with torch.no_grad():
+        states = BertModel.from_pretrained(minilm_folder())(**tokens).last_hidden_state
+    found = teacher.encode_text(prompts)
+    assert torch.allclose(found[:, 1:], states[:, 1:], atol=1e-5)
+    encoder = SentenceTransformer(str(minilm_folder()), device="cpu")
+    encoder.max_seq_length = 20
+    sentences = encoder.encode(prompts, convert_to_tensor=True, normalize_embeddings=True)
+    assert torch.allclose(normalize(found[:, 0], dim=-1), sentences, atol=1e-5)
+
+
+def test_latents_are_standardised_and_decode_to_the_picture(teacher):
+    data = load_target("emoji", "train", limit=128)
+    latents = teacher.encode_images(data.images(range(128)))
+    assert latents.shape == (128, teacher.unet.config.in_channels, 8, 8)
+    assert latents.mean().abs() < 0.15 and abs(latents.std() - 1) < 0.15
+    validation = load_target("emoji", "validation", limit=64)
+    assert reconstruction_psnr(teacher.pipe.vae, validation) > 18
+
+
+def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teacher):
+    """v-prediction.
+
+    The error is below the target's own size, and rises when captions are exchanged.
+    """
+    data = load_target("emoji", "train", limit=96)
+    x0, text = teacher.encode_images(data.images(range(96))), teacher.encode_text(data.captions)
+    batch = add_noise(teacher, x0, text, step_generator(0, "test"))
+
+    def error(states: torch.Tensor) -> float:
+        with torch.no_grad():
+            output = teacher.unet(**(batch.inputs() | {"encoder_hidden_states": states})).sample
+        return losses.denoising_loss(output, batch.target).mean().item()
+
+    right, wrong = error(text), error(text.roll(48, 0))
+    assert right < 0.8 * batch.target.square().mean().item()
+    assert right < wrong
+
+
+def test_noised_samples_follow_the_schedule(teacher):
+    """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v, from the definitions of x_t and v."""
+    x0 = torch.randn(16, 8, 8, 8)
+    batch = add_noise(teacher, x0, torch.zeros(16, 1, 384), step_generator(0, "test"))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
+    assert torch.allclose(
+        abar.sqrt() * batch.sample - (1 - abar).sqrt() * batch.target, x0, atol=1e-4
+    )
+
+
+def test_unknown_teacher():
+    with pytest.raises(UserError, match=r"dalle.*pocket"):
+        load_teacher("dalle")
+
+
+WAYS = {
+    "memory": {},
+    "text on demand": {"in_memory": 100_000},
+    "all on demand": {"in_memory": 0},
+    "disk": {"cache_latents": True},
+    "disk, text on demand": {"cache_latents": True, "in_memory": 0},
+}
+
+
+@pytest.mark.parametrize("broken", [(), (9,), (1, 4), (2, 5, 7)])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_are_what_the_teacher_makes_of_them(teacher, cache, way, broken):
+    """However they are kept: latents and text of one row, its stand-in's where it is unreadable."""
+    readable = [row for row in range(12) if PICTURES[row] not in broken]
+    stands_in = [min(readable, key=lambda other: (other - row) % 12) for row in range(12)]
+    data = target(broken)
+    encoded = encode_target(teacher, data, batch=5, **WAYS[way])
+    rows = torch.tensor([3, 11, 0, 5, 5, 2, 9])
+    used, latents, text = encoded.batch(rows)
+    assert used.tolist() == [stands_in[row] for row in rows.tolist()]
+    whole = target()
+    assert torch.allclose(latents, teacher.encode_images(whole.images(used)), atol=1e-5)
+    states = teacher.encode_text([whole.captions[row] for row in used.tolist()])
+    assert torch.allclose(text, states, atol=1e-5)
+    assert torch.equal(encoded.latents[rows], latents) and torch.equal(encoded.text[rows], text)
+    assert latents.dtype == torch.float32
+    if way != "all on demand":  # where only these rows were read
+        assert data.skipped == {picture: f"picture {picture}" for picture in broken}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_keeping_rows_are_what_they_say(teacher, cache, way):
+    data = target()
+    encoded = encode_target(teacher, data, **WAYS[way])
+    assert isinstance(encoded.latents, torch.Tensor) == (way in ("memory", "text on demand"))
+    assert isinstance(encoded.text, torch.Tensor) == (way in ("memory", "disk"))
+    assert len(list(cache.glob("latents-*"))) == ("disk" in way)
+
+
+def test_each_picture_is_encoded_once_and_kept(teacher, cache, monkeypatch):
+    seen = []
+
+    def encode(self, images):
+        seen.append(len(images))
+        return original(self, images)
+
+    original = Teacher.encode_images
+    monkeypatch.setattr(Teacher, "encode_images", encode)
+    monkeypatch.setattr("teacher.encoded.PART", 4)
+    rows = torch.arange(12)
+    first = encode_target(teacher, target((7,)), cache_latents=True, batch=3)
+    assert sum(seen) == 6
+    again_data = target((7,))
+    again = encode_target(teacher, again_data, cache_latents=True, batch=3)
+    assert sum(seen) == 6
+    assert torch.equal(first.latents[rows], again.latents[rows])
+    assert torch.equal(first.used, again.used) and first.used.tolist() != rows.tolist()
+    assert list(again_data.skipped) == [7] and "1 unreadable image skipped" in again_data.report()
+    part = next(cache.iterdir()) / "000001.safetensors"
+    part.unlink()  # and not cut in place: the rows above are read from it
+    part.write_bytes(b"")
+    repaired = encode_target(teacher, target((7,)), cache_latents=True, batch=3)
+    assert sum(seen) == 8 and torch.equal(repaired.latents[rows], first.latents[rows])
+
+
+def test_other_images_sizes_and_autoencoders_have_latents_of_their_own(teacher, cache):
+    def encode(some: Teacher, data: CaptionedImages) -> None:
+        encode_target(some, data, cache_latents=True)
+
+    encode(teacher, target())
+    encode(teacher, target())
+    assert len(list(cache.iterdir())) == 1
+    encode(teacher, target(seed=100))  # the same captions
+    assert len(list(cache.iterdir())) == 2
+    encode(load_teacher("pocket", resolution=32), target())
+    assert len(list(cache.iterdir())) == 3
+    other = load_teacher("pocket")
+    next(other.pipe.vae.encoder.parameters()).add_(0.01)
+    encode(other, target())
+    assert len(list(cache.iterdir())) == 4

@@ -1,0 +1,485 @@
+"""Folders as the hub has them: what loads is what stock diffusers loads, the rest is one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import LAYOUTS
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from common.errors import UserError
+from common.files import write_json
+from common.hub import STABLE_DIFFUSION
+from common.randomness import step_generator
+from teacher import pipelines
+from teacher.model import add_noise, load_teacher
+from teacher.pipelines import SCHEDULE, TEACHERS, random_pipeline
+from teacher.pocket.autoencoder import VAE_CONFIG
+from teacher.pocket.pretrain import SCHEDULER_CONFIG, UNET_CONFIG
+from teacher.shapes import ASSETS, load_shape
+
+PROMPTS = ["a giraffe", "Two BROWN dogs, one with a red ball! " * 9, ""]
+SCHEDULERS = {  # the published ones
+    "sd1": {"_class_name": "PNDMScheduler", "clip_sample": False, **SCHEDULE},
+    "sd2": {
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        **SCHEDULE,
+    },
+}
+
+
+def write_tokenizer(folder: Path, pad: str) -> None:
+    """A CLIP tokenizer in the files of old: every letter, and a few merges."""
+    letters = [chr(code) for code in range(33, 127)]
+    merges = ["g i", "gi r", "a f", "af f", "aff e</w>", "gir affe</w>", "d o", "do g"]
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
+    special["unk_token"] = "<|endoftext|>"
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", special | settings)
+
+
+def write_pipeline(folder: Path, layout: str) -> Path:
+    """A tiny Stable Diffusion in the published layout, random weights."""
+    torch.manual_seed(7)
+    write_tokenizer(folder / "tokenizer", "<|endoftext|>" if layout == "sd1" else "!")
+    unet = UNet2DConditionModel(**LAYOUTS[layout])
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=0.18215,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=16,
+            bos_token_id=196,
+            eos_token_id=197,
+        )
+    )
+    for name, part in {"unet": unet, "vae": vae, "text_encoder": text}.items():
+        part.save_pretrained(folder / name)
+    file = folder / "text_encoder" / "model.safetensors"  # the published names of its weights
+    states = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+    states["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(states, file, {"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[layout])
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.8.0",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "scheduler": ["diffusers", SCHEDULERS[layout]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        layout: write_pipeline(tmp_path_factory.mktemp("hub") / layout, layout)
+        for layout in ("sd1", "sd2")
+    }
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+def test_a_folder_gives_what_stock_diffusers_gives(folders, layout):
+    teacher = load_teacher(str(folders[layout]))
+    stock = StableDiffusionPipeline.from_pretrained(
+        folders[layout], safety_checker=None, feature_extractor=None
+    )
+    stock.scheduler = PNDMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+    assert (teacher.resolution, teacher.latent_size, teacher.text_tokens) == (16, 8, 77)
+    assert teacher.guidance_scale == 7.5 and teacher.name == str(folders[layout])
+
+    options = {"num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
+    draw = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    ours = teacher.pipe(PROMPTS[:2], generator=draw, **options).images
+    draw = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert (ours == stock(PROMPTS[:2], generator=draw, **options).images).all()
+
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean = stock.vae.encode(images).latent_dist.mean * 0.18215
+    assert torch.equal(teacher.encode_images(images), mean)
+
+
+def test_text_states_are_clips_own(folders, tmp_path):
+    """Start and end around the words, padded to 77 with the folder's own token, cut to 77."""
+    tokenizer = CLIPTokenizer.from_pretrained(folders["sd2"] / "tokenizer")
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt")
+    assert tokens.input_ids.shape == (3, 77)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokens.input_ids[2].tolist() == [start, end] + [0] * 75  # "!" is number 0
+    encoder = CLIPTextModel.from_pretrained(folders["sd2"] / "text_encoder").eval()
+    with torch.no_grad():
+        states = encoder(tokens.input_ids).last_hidden_state
+    assert torch.equal(load_teacher(str(folders["sd2"])).encode_text(PROMPTS), states)
+    folder = tmp_path / "boundless"  # a tokenizer that does not say where the encoder ends
+    shutil.copytree(folders["sd2"], folder)
+    edit("tokenizer/tokenizer_config.json", model_max_length=10**30)(folder)
+    assert torch.equal(load_teacher(str(folder)).encode_text(PROMPTS), states)
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+def test_the_target_is_what_the_folder_was_trained_to_predict(folders, layout):
+    """From the definitions: x_0 of the noise (SD 1), or of the velocity (SD 2)."""
+    teacher = load_teacher(str(folders[layout]))
+    x0 = torch.randn(16, 4, 8, 8)
+    batch = add_noise(teacher, x0, torch.zeros(16, 77, 16), step_generator(0, "test"))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
+    signal, noise = abar.sqrt(), (1 - abar).sqrt()
+    if layout == "sd1":
+        assert torch.allclose(signal * x0 + noise * batch.target, batch.sample, atol=1e-5)
+    else:
+        assert torch.allclose(signal * batch.sample - noise * batch.target, x0, atol=1e-4)
+
+
+def test_the_pocket_teacher_saved_as_a_plain_folder_is_the_same_teacher(tmp_path):
+    pocket = load_teacher("pocket")
+    pocket.pipe.save_pretrained(tmp_path)
+    plain = load_teacher(str(tmp_path))
+    assert (plain.guidance_scale, plain.resolution, plain.text_tokens) == (7.5, 64, 20)
+    prompts = ["a giraffe, flat emoji", "", "a slice of pizza " * 20]
+    assert torch.equal(plain.encode_text(prompts), pocket.encode_text(prompts))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.equal(plain.encode_images(images), pocket.encode_images(images))
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+    drawn = [
+        teacher.pipe(prompts[:1], generator=[torch.Generator().manual_seed(3)], **options).images
+        for teacher in (plain, pocket)
+    ]
+    assert (drawn[0] == drawn[1]).all()
+    write_json(tmp_path / "teacher.json", {"guidance_scale": 3.0, "resolution": 32})
+    settled = load_teacher(str(tmp_path))
+    assert (settled.guidance_scale, settled.resolution, settled.latent_size) == (3.0, 32, 4)
+    assert load_teacher(str(tmp_path), resolution=128).latent_size == 16
+
+
+def test_weights_in_shards_and_in_the_fp16_variant(folders, tmp_path):
+    stock = UNet2DConditionModel.from_pretrained(folders["sd2"] / "unet")
+    folder = tmp_path / "sharded"
+    shutil.copytree(folders["sd2"], folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    stock.save_pretrained(folder / "unet", max_shard_size="2MB")
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    for name, weight in load_teacher(str(folder)).unet.state_dict().items():
+        assert torch.equal(weight, stock.state_dict()[name])
+
+    folder = tmp_path / "half"
+    shutil.copytree(folders["sd2"], folder)
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    stock.half().save_pretrained(folder / "unet", variant="fp16")
+    for name, weight in load_teacher(str(folder)).unet.state_dict().items():
+        assert torch.equal(weight, stock.state_dict()[name].float())
+
+
+# ---- what is refused ----
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def edit(name, **changes):
+    def change(folder):
+        value = json.loads((folder / name).read_text())
+        write_json(folder / name, value | changes)
+
+    return change
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def truncate(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
+
+
+def pickle(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+def lose_a_weight(part, file):
+    def lose(folder):
+        path = folder / part / file
+        states = load_file(path)
+        del states[sorted(states)[5]]
+        save_file(states, path, {"format": "pt"})
+
+    return lose
+
+
+XL = ["diffusers", "StableDiffusionXLPipeline"]
+UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
+FAULTS = {
+    "no index": (remove("model_index.json"), "model_index.json.*hf download"),
+    "index no JSON": (write("model_index.json", "{"), "model_index.json"),
+    "index a list": (write("model_index.json", "[]"), "model_index.json"),
+    "SDXL": (
+        edit("model_index.json", _class_name="StableDiffusionXLPipeline"),
+        r"StableDiffusionXLPipeline; Stable Diffusion 1.x and 2.x",
+    ),
+    "inpainting": (
+        edit("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
+        "StableDiffusionInpaintPipeline",
+    ),
+    "code of its own": (
+        edit("model_index.json", _class_name=["pipeline", "Mine"]),
+        "Mine.*supported",
+    ),
+    "another U-Net": (
+        edit("model_index.json", unet=["my_unet", "MyUNet"]),
+        "MyUNet, not a UNet2DConditionModel",
+    ),
+    "no text encoder": (edit("model_index.json", text_encoder=[None, None]), "text_encoder"),
+    "T5": (
+        edit("model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
+        "T5EncoderModel",
+    ),
+    "no U-Net's config": (remove("unet/config.json"), "unet/config.json is missing.*hf download"),
+    "no tokenizer": (remove("tokenizer/tokenizer_config.json"), "tokenizer_config.json is missing"),
+    "no scheduler": (remove("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
+    "no weights": (remove(f"unet/{UNET}"), f"unet/{UNET} is missing"),
+    "no text weights": (remove(f"text_encoder/{TEXT}"), f"text_encoder/{TEXT} is missing"),
+    "pickled": (pickle, "diffusion_pytorch_model.bin is a pickle.*safetensors"),
+    "U-Net cut short": (truncate(f"unet/{UNET}"), "unet could not be loaded"),
+    "VAE cut short": (truncate(f"vae/{UNET}"), "vae could not be loaded"),
+    "text cut short": (truncate(f"text_encoder/{TEXT}"), "text_encoder could not be loaded"),
+    "U-Net lacks": (lose_a_weight("unet", UNET), "lacks 1 weights, such as"),
+    "text lacks": (lose_a_weight("text_encoder", TEXT), "lacks 1 weights, such as"),
+    "other shape": (edit("unet/config.json", block_out_channels=[32, 32]), "unet could not be"),
+    "asks for size": (edit("unet/config.json", addition_embed_type="text_time"), "text_time"),
+    "asks for class": (edit("unet/config.json", num_class_embeds=10), "num_class_embeds 10"),
+    "flow matching": (
+        write("scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscrete"}'),
+        "FlowMatchEulerDiscrete",
+    ),
+    "predicts x_0": (edit("scheduler/scheduler_config.json", prediction_type="sample"), "sample"),
+    "zero SNR": (edit("scheduler/scheduler_config.json", rescale_betas_zero_snr=True), "DDIM"),
+    "vocabulary": (write("tokenizer/vocab.json", "?"), "tokenizer could not be loaded"),
+    "settings": (write("teacher.json", '{"guidance_scale": "high"}'), "teacher.json.*number"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_a_folder_is_one_line(folders, tmp_path, fault):
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["sd2"], folder)
+    spoil, message = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_teacher(str(folder))
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 600 and str(folder) in line
+
+
+def test_parts_that_do_not_fit_together(folders, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["sd2"], folder)
+    shutil.rmtree(folder / "unet")
+    wider = LAYOUTS["sd2"] | {"cross_attention_dim": 24}
+    UNet2DConditionModel(**wider).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match="text states have width 24, the other parts' 16"):
+        load_teacher(str(folder))
+
+
+def test_what_is_not_here_says_how_to_get_it(tmp_path):
+    for name in (STABLE_DIFFUSION, "nobody/nothing"):
+        with pytest.raises(UserError, match=f"hf download {name} --local-dir D.*pocket") as caught:
+            load_teacher(name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"unknown.*sd21-random"):
+        load_teacher("sd3-random")
+    with pytest.raises(UserError, match=r"unknown.*folder"):
+        load_teacher(str(tmp_path / "nowhere"))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is a file"):
+        load_teacher(str(tmp_path / "model.safetensors"))
+
+
+def test_a_model_in_the_hubs_cache_is_found_without_a_network(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--some--diffusion", "0" * 40
+    shutil.copytree(folders["sd2"], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    teacher = load_teacher("some/diffusion")
+    assert teacher.name == "some/diffusion"
+    there = load_teacher(str(folders["sd2"]))
+    assert torch.equal(teacher.encode_text(PROMPTS), there.encode_text(PROMPTS))
+    (repository / "snapshots" / commit / "vae" / UNET).unlink()
+    with pytest.raises(UserError, match=r"some/diffusion|vae/diffusion"):
+        load_teacher("some/diffusion")
+
+
+# ---- shapes with random weights ----
+
+
+def test_every_shape_but_sdxl_has_a_random_teacher():
+    shapes = {path.stem for path in (ASSETS / "unets").glob("*.json")}
+    assert {f"{shape}-random" for shape in shapes - {"sdxl"}} | {"pocket"} == set(TEACHERS)
+    with pytest.raises(UserError, match=r"sdxl-random.*text_time"):
+        load_teacher("sdxl-random")
+
+
+def test_the_random_sd21_is_the_published_shape(monkeypatch):
+    """On the meta device, as far as the U-Net goes."""
+    shape = load_shape("sd21")
+    monkeypatch.setattr(UNet2DConditionModel, "from_config", lambda config: shape)
+    pipe = random_pipeline("sd21")
+    assert sum(p.numel() for p in pipe.unet.parameters()) == 865_910_724
+    assert pipe.vae_scale_factor == 8 and pipe.vae.config.latent_channels == 4
+    assert pipe.encode_prompt(["a giraffe", ""], "cpu", 1, False)[0].shape == (2, 77, 1024)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert sum(p.numel() for p in pipe.vae.parameters()) < 1e6
+
+
+@pytest.fixture
+def tiny_shape(tmp_path, monkeypatch):
+    """`tiny-random`: a stand-in for the shapes in assets/unets/."""
+    monkeypatch.setattr("teacher.shapes.ASSETS", tmp_path)
+    monkeypatch.setattr("teacher.model.ASSETS", tmp_path)
+    write_json(tmp_path / "unets" / "tiny.json", LAYOUTS["sd2"] | {"sample_size": 12})
+
+
+def test_a_random_teacher_is_the_same_whenever_it_is_loaded(tiny_shape):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = load_teacher("tiny-random", resolution=32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = load_teacher("tiny-random", resolution=32)
+    assert (first.resolution, first.latent_size) == (32, 4)
+    assert load_teacher("tiny-random").resolution == 96
+    for part in ("unet", "vae", "text_encoder"):
+        ours, others = (getattr(t.pipe, part).state_dict() for t in (first, second))
+        assert all(torch.equal(value, others[name]) for name, value in ours.items())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents, text = first.encode_images(images), first.encode_text(PROMPTS[:2])
+    assert latents.shape == (2, 4, 4, 4) and text.shape == (2, 77, 16)
+    assert not torch.allclose(text[0], text[1])
+    batch = add_noise(first, latents, text, step_generator(0, "test"))
+    with torch.no_grad():
+        assert torch.isfinite(first.unet(**batch.inputs()).sample).all()
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    assert first.pipe(["a giraffe"], **size).images[0].size == (32, 32)
+
+
+# ---- precision and size ----
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_holds_for_every_part(folders, precision):
+    full, half = (load_teacher(str(folders["sd2"]), precision=p) for p in ("fp32", precision))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for part in (half.unet, half.pipe.vae, half.pipe.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {dtype}
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    outputs = []
+    for teacher in (full, half):
+        x0, text = teacher.encode_images(images), teacher.encode_text(["a giraffe"] * 4)
+        batch = add_noise(teacher, x0, text, step_generator(0, "test"))
+        assert x0.dtype == batch.target.dtype == torch.float32
+        assert batch.sample.dtype == batch.text.dtype == teacher.dtype
+        with torch.no_grad():
+            outputs.append(teacher.unet(**batch.inputs()).sample.float())
+    error = (outputs[0] - outputs[1]).square().mean() / outputs[0].square().mean()
+    assert 0 < error < 1e-2
+
+
+def test_an_autoencoder_that_overflows_is_refused(folders):
+    teacher = load_teacher(str(folders["sd2"]), precision="fp16")
+    teacher.pipe.vae.quant_conv.weight.mul_(6e4)
+    teacher.pipe.vae.quant_conv.bias.fill_(6e4)
+    with pytest.raises(UserError, match=r"not finite.*bf16"):
+        teacher.encode_images(torch.ones(1, 3, 16, 16))
+
+
+def test_sizes_and_precisions_that_cannot_be(folders, tmp_path):
+    for resolution in (-2, 0, 1, 33):
+        with pytest.raises(UserError, match=f"--resolution {resolution} .*multiple of 2"):
+            load_teacher(str(folders["sd2"]), resolution=resolution)
+    with pytest.raises(UserError, match=r"--precision int8.*bf16"):
+        load_teacher(str(folders["sd2"]), precision="int8")
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["sd2"], folder)
+    edit("unet/config.json", sample_size=None)(folder)
+    with pytest.raises(UserError, match="--resolution"):
+        load_teacher(str(folder))
+    assert load_teacher(str(folder), resolution=32).latent_size == 16
+
+
+def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(tmp_path):
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    vae = pipelines.AutoencoderDC(**VAE_CONFIG).eval()
+    stock = AutoencoderDC(**VAE_CONFIG).eval()
+    stock.load_state_dict(vae.state_dict())
+    unet = UNet2DConditionModel(**UNET_CONFIG | {"block_out_channels": (32, 32, 32)})
+    pipe = pipelines.pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
+    pipe.save_pretrained(tmp_path)
+    loaded, _ = pipelines.load_folder(str(tmp_path))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = stock.encode(images).latent
+        assert torch.equal(loaded.vae.encode(images).latents, latents)
+        assert torch.equal(loaded.vae.decode(latents).sample, stock.decode(latents).sample)
+    assert loaded.vae_scale_factor == 64 // latents.shape[-1] == 8
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_first_state_is_the_mean_only_where_the_configuration_says_so(masked):
+    """By transformers' own BERT."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=30, intermediate_size=8, **size)
+    stock = transformers.BertModel(config).eval()
+    ours = pipelines.BertModel(config).eval()
+    ours.load_state_dict(stock.state_dict())
+    ids = torch.randint(0, 30, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if masked else None
+    with torch.no_grad():
+        states = stock(ids, attention_mask=mask)[0]
+        assert torch.equal(ours(ids, attention_mask=mask)[0], states)
+        ours.config.sentence_state = True
+        found = ours(ids, attention_mask=mask)[0]
+    assert torch.equal(found[:, 1:], states[:, 1:])
+    counted = [3 if masked else 5, 5]
+    for row, count in enumerate(counted):
+        assert torch.allclose(found[row, 0], states[row, :count].mean(0), atol=1e-6)
