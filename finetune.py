@@ -19,9 +19,7 @@ Departures from the paper:
 from __future__ import annotations
 
 import csv
-import math
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,16 +29,16 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
-from common.checkpoint import load_optimizer, optimizer_tensors
+from common.checkpoint import Checkpoint
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, read_json, remove_leftovers, save_tensors
+from common.files import MetricsLog, load_tensors, read_json, remove_leftovers
 from common.processes import pick_device
 from common.randomness import batch_rows, step_generator
 from common.runs import newest_run, refuse_other_settings
 from gates import ArchSpace
 from problem import load_split
 from prune_unet import cut_expert, save_expert
-from settings import IDENTITY, Finetuning, by_target
+from settings import IDENTITY, Finetuning, resolve_finetuning
 from teacher.blocks import BlockRecorder
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
@@ -94,7 +92,9 @@ def finetuning_step(
             output = expert(**inputs.inputs()).sample
         teacher_blocks, blocks = (recorder.take() for recorder in recorders)
         denoising = losses.denoising_loss(output, inputs.target)  # (b,)
-        distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
+        distillation = losses.distillation_loss(
+            output, teacher_output, blocks, teacher_blocks, cfg.normalise_blocks
+        )
         loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
         share = len(part) / B
         (scale * share * loss).backward()
@@ -126,22 +126,17 @@ def finetune_expert(
         rows: row numbers, (R,).
     """
     assert cfg.steps and cfg.batch_size and cfg.lr
-    path, checkpoint = expert_path(run, i), checkpoint_path(run, i)
+    path = expert_path(run, i)
     remove_leftovers(path.parent, f"{i}.*")
     identity = {key: getattr(cfg, key) for key in IDENTITY}
     expert = cut_expert(teacher.unet, code, space).float().requires_grad_(True)
     if cfg.checkpointing:
         expert.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(expert.parameters(), lr=cfg.lr)
-    first = 0
-    if checkpoint.exists():
-        tensors, meta = load_tensors(checkpoint)
-        refuse_other_settings(checkpoint, meta["settings"], identity)
-        expert.load_state_dict(
-            {k.removeprefix("expert/"): v for k, v in tensors.items() if k.startswith("expert/")}
-        )
-        load_optimizer(optimizer, tensors)
-        first = meta["step"]
+    checkpoint = Checkpoint(
+        checkpoint_path(run, i), {"expert": expert, "optimizer": optimizer}, identity
+    )
+    first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
     log = MetricsLog(run / "experts" / f"{i}.csv", list(TERMS), first)
     bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}")
@@ -156,26 +151,18 @@ def finetune_expert(
             teacher, expert, recorders, add_noise(teacher, latents, text, draw), cfg
         )
         values = {name: terms[name].item() for name in TERMS}
-        grads = [p.grad for p in expert.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).item()
-        if not math.isfinite(values["loss"]) or not math.isfinite(norm):
-            raise UserError(
-                f"the loss of expert {i} became {values['loss']} and its gradient {norm:.3g} at "
-                f"step {step}; try a lower --lr, or --precision fp32 or bf16"
-            )
+        advice = f"expert {i}: try a lower --lr, or --precision fp32 or bf16"
+        checkpoint.guard(step, values["loss"], expert.parameters(), advice)
         optimizer.step()
         log.write(step, values)
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            state = {f"expert/{k}": v for k, v in expert.state_dict().items()} | optimizer_tensors(
-                optimizer
-            )
-            save_tensors(checkpoint, state, {"step": step + 1, "settings": identity})
+            checkpoint.save(step=step + 1)
     log.close()
     for recorder in recorders:
         recorder.detach()
     save_expert(path, expert, code, space, {"expert": i, "rows": len(rows), "settings": identity})
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.path.unlink(missing_ok=True)
 
 
 def first_and_last(run: Path, i: int) -> tuple[float, float]:
@@ -193,18 +180,10 @@ def finetune(cfg: Finetuning) -> None:
     """
     run = cfg.run or newest_run()
     summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
-    given = {key: value for key, value in asdict(cfg).items() if value is not None}
-    cfg = replace(
-        cfg, **{key: given.get(key, value) for key, value in by_target(summary["target"]).items()}
-    )
+    cfg = resolve_finetuning(cfg, summary["target"])
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
-    for name in ("steps", "batch_size", "micro_batch"):
-        if (getattr(cfg, name) or 1) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)} is too small; choose 1 or more"
-            )
     wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
     todo = []
     for i in wanted:

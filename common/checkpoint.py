@@ -1,41 +1,133 @@
-"""A training's state as tensors: what is saved in a checkpoint beside the model's weights."""
+"""The state of a training as one file: its modules, its optimizers and where it was.
+
+    checkpoint = Checkpoint(path, {"router": router, "optimizer": optimizer}, settings)
+    meta = checkpoint.restore()                     # {} where there is no file yet
+    for step in range(meta.get("step", 0), steps):
+        loss.backward()
+        checkpoint.guard(step, loss.item(), router.parameters(), "try a lower --lr")
+        optimizer.step()
+        checkpoint.save(step=step + 1)
+
+A restored training goes on exactly as one that was never stopped.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+from common.runs import refuse_other_settings
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, prefix: str = "optimizer"
-) -> dict[str, Tensor]:
-    """An optimizer's moments as flat tensors.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Modules and optimizers that are saved and restored together.
 
-    Hyperparameters are not among them: they come from the configuration.
+    Args:
+        path: the safetensors file.
+        parts: name -> module or optimizer; the names are prefixes in the file.
+        settings: what a restored training must have in common with the saved one (JSON values).
     """
-    state = optimizer.state_dict()["state"]
+
+    path: Path
+    parts: Mapping[str, nn.Module | Optimizer]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, **meta: Any) -> None:
+        """Write the parts, the settings and `meta` (JSON values), whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            state = part.state_dict() if isinstance(part, nn.Module) else moments(part)
+            tensors |= {f"{name}/{key}": tensor for key, tensor in state.items()}
+        save_tensors(self.path, tensors, meta | {"settings": self.settings})
+
+    def restore(self) -> dict[str, Any]:
+        """Put the saved state into the parts, in place, and give the saved `meta`.
+
+        Nothing happens where there is no file; the result is then empty.
+
+        Raises:
+            UserError: the file is damaged, or was saved under other settings.
+        """
+        if not self.path.exists():
+            return {}
+        tensors, meta = load_tensors(self.path)
+        refuse_other_settings(self.path, meta.pop("settings", {}), self.settings)
+        for name, part in self.parts.items():
+            prefix = f"{name}/"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if isinstance(part, nn.Module):
+                part.load_state_dict(state)
+            else:
+                load_moments(part, state)
+        return meta
+
+    def guard(
+        self, step: int, loss: float, parameters: Iterable[nn.Parameter], advice: str
+    ) -> None:
+        """Check a step before the optimizer takes it.
+
+        Args:
+            step: its number.
+            loss: its loss.
+            parameters: those whose gradients it has computed.
+            advice: what the user can try; the end of the message.
+
+        Raises:
+            UserError: the loss or the norm of the gradient is not finite.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            good = f"the last good state is in {self.path}"
+            raise UserError(
+                f"the loss became {loss:.3g} and its gradient {norm:.3g} at step {step}; "
+                f"{good if self.path.exists() else 'nothing was saved'}; {advice}"
+            )
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors; hyperparameters come from the configuration."""
     return {
-        f"{prefix}/{index}/{key}": torch.as_tensor(value)
-        for index, slots in state.items()
+        f"{index}/{key}": torch.as_tensor(value)
+        for index, slots in optimizer.state_dict()["state"].items()
         for key, value in slots.items()
     }
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer"
-) -> None:
-    """Put the moments of `optimizer_tensors` back, each in its parameter's memory layout.
+def load_moments(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `moments` back, each in its parameter's memory layout.
 
     A fused optimizer walks through parameter and moments in storage order.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name.startswith(prefix + "/"):
-            _, index, key = name.rsplit("/", 2)
-            parameter = parameters[int(index)]
-            if tensor.shape == parameter.shape:
-                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-            state.setdefault(int(index), {})[key] = tensor
+        index, key = name.split("/")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """For `train.py` until it uses `Checkpoint`."""
+    return {f"optimizer/{name}": tensor for name, tensor in moments(optimizer).items()}
+
+
+def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """For `train.py` until it uses `Checkpoint`."""
+    own = {
+        k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")
+    }
+    load_moments(optimizer, own)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common.checkpoint import load_optimizer, optimizer_tensors
-from common.errors import UserError
-from common.files import load_tensors, save_tensors
+from common.checkpoint import Checkpoint
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -41,7 +38,7 @@ class Training:
         muon: frozenset[str] = frozenset(),
         images: int = 0,
     ) -> None:
-        self.model, self.path = model, path
+        self.model = model
         named = dict(model.named_parameters())
         self.kernels = [p for name, p in named.items() if name in muon]
         # parameters of their own over the same memory, since Muon takes nothing but matrices
@@ -55,33 +52,19 @@ class Training:
                 self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
             )
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.step, self.images = 0, images
-        if path.exists():
-            tensors, meta = load_tensors(path)
-            self.model.load_state_dict(
-                {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-            )
-            self.ema.load_state_dict(
-                {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
-            )
-            for name, optimizer in self.optimizers.items():
-                load_optimizer(optimizer, tensors, name)
-            self.step, self.images = meta["step"], meta["images"]
+        self.checkpoint = Checkpoint(
+            path, {"model": self.model, "ema": self.ema, **self.optimizers}
+        )
+        meta = self.checkpoint.restore() or {"step": 0, "images": images}
+        self.step, self.images = meta["step"], meta["images"]
 
     def save(self) -> None:
-        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            tensors |= optimizer_tensors(optimizer, name)
-        save_tensors(self.path, tensors, {"step": self.step, "images": self.images})
+        self.checkpoint.save(step=self.step, images=self.images)
 
     def update(self, loss: Tensor, rate: float, images: int) -> None:
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.step}; the last good state is in "
-                f"{self.path}"
-            )
         loss.backward()
+        advice = "try a lower learning rate"
+        self.checkpoint.guard(self.step, loss.item(), self.model.parameters(), advice)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.checkpoint import load_optimizer, optimizer_tensors
 from common.errors import UserError
 from common.files import MetricsLog, load_tensors, read_json, replacing, save_tensors, write_json
 from common.processes import pick_device
@@ -66,24 +65,6 @@ def test_bad_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
-
-
-def test_an_optimizer_goes_on_as_if_nothing_happened(tmp_path):
-    def run(stop: int | None) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        for step in range(6):
-            if step == stop:
-                save_tensors(tmp_path / "o.safetensors", optimizer_tensors(optimizer))
-                optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-                load_optimizer(optimizer, load_tensors(tmp_path / "o.safetensors")[0])
-            optimizer.zero_grad()
-            model(torch.ones(1, 3) * step).square().sum().backward()
-            optimizer.step()
-        return model.weight.detach()
-
-    assert torch.equal(run(None), run(3))
 
 
 def test_a_reopened_log_drops_what_will_be_written_again(tmp_path):
