@@ -46,33 +46,18 @@ from dataclasses import replace
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from tqdm import trange
 
-import losses
-from common.randomness import batch_rows, step_generator
-from gates import ArchSpace, Layer
+from common.randomness import step_generator
+from gates import ArchSpace, Layer, inside
 from macs import MacsModel, check_budget, meet_budget
-from problem import Problem
-from prune_unet import attach_gates, inside, reader
-from teacher.model import Noised, add_noise
+from problem import Problem, taylor_importance
+from prune_unet import gated_module
+from router import PromptRouter
 from train import CHECKPOINT, optimise
 
-TAYLOR_STEPS = 16  # batches that `sp` looks at
-
-INTERVALS = 20  # of the noise schedule, by which `sp` weighs timesteps
-
-LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
-
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
-
-
-def draw_batch(problem: Problem, step: int, draw: torch.Generator) -> tuple[Tensor, Noised]:
-    """Batch `step` of the target's training rows: their numbers, (B,), and noised latents."""
-    cfg, encoded = problem.cfg, problem.encoded
-    assert cfg.batch_size
-    rows = batch_rows(len(problem.z), cfg.batch_size, cfg.seed, step)
-    used, latents, text = encoded.batch(rows)
-    return used, add_noise(problem.teacher, latents, text, draw)
+ROUTED = ("routed-sp",)  # methods with a code for each of `num_experts` clusters of prompts
+ROUTED_BATCHES = 128  # that `routed-sp` looks at; an eighth of them for each of eight clusters
 
 
 def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
@@ -80,12 +65,12 @@ def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
     return meet_budget(scores[None], torch.ones(1), macs, budget)
 
 
-def dense(problem: Problem) -> Tensor:
+def dense(problem: Problem, router: PromptRouter) -> Tensor:
     """The unpruned model: all gates open, (1, D)."""
     return torch.ones(1, problem.space.size)
 
 
-def random(problem: Problem) -> Tensor:
+def random(problem: Problem, router: PromptRouter) -> Tensor:
     """A code of units closed by chance, (1, D)."""
     draw = step_generator(problem.cfg.seed, "random code")
     scores = torch.rand(problem.space.size, generator=draw)
@@ -95,7 +80,7 @@ def random(problem: Problem) -> Tensor:
 # ---- norm ----
 
 
-def norm(problem: Problem) -> Tensor:
+def norm(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that closes units of small weights, (1, D). Li et al., 2017."""
     scores = relative_norms(problem.teacher.unet, problem.space)
     return close_lowest(scores, problem.macs, problem.cfg.budget)
@@ -125,7 +110,7 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
     The columns by which the unit is read and the rows that write it; where a projection writes two
     parts (a gated activation, scale and shift), the unit's rows in both.
     """
-    owner, (reads, width) = unet.get_submodule(layer.name), reader(unet, layer)
+    owner, (reads, width) = unet.get_submodule(layer.name), gated_module(unet, layer)
     writers = {
         "resnet": ("conv1", "time_emb_proj", "norm2"),
         "attention": ("to_q", "to_k", "to_v"),
@@ -145,46 +130,28 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
 # ---- sp ----
 
 
-def sp(problem: Problem) -> Tensor:
+def sp(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
-    return close_lowest(taylor_importance(problem), problem.macs, problem.cfg.budget)
+    return close_lowest(taylor_importance(problem)[0], problem.macs, problem.cfg.budget)
 
 
-def taylor_importance(problem: Problem) -> Tensor:
-    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (D,).
+def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
+    """Codes that close, for each cluster of prompts, what matters least to it, (N, D).
 
-    L is the denoising loss. Intervals where it is below `LEAST_LOSS` of the highest do not count.
+    Training-free: balanced clusters of the prompt embeddings, which `router` then routes to, and
+    the Taylor importance of each cluster's own prompts, over `ROUTED_BATCHES` batches.
     """
-    cfg, teacher, D = problem.cfg, problem.teacher, problem.space.size
-    timesteps = teacher.noise_schedule().config.num_train_timesteps
-    loss, count = torch.zeros(INTERVALS), torch.zeros(INTERVALS)
-    change = torch.zeros(INTERVALS, D)
-    gates = attach_gates(teacher.unet, problem.space)
-    try:
-        for step in trange(TAYLOR_STEPS, desc="Taylor importance", unit="batch"):
-            rows, batch = draw_batch(problem, step, step_generator(cfg.seed, "taylor", step))
-            for places in torch.arange(len(rows)).split(cfg.micro_batch or len(rows)):
-                part = batch.part(places)
-                a = torch.ones(len(places), D, device=teacher.device, requires_grad=True)
-                gates.set_gates(a)
-                output = teacher.unet(**part.inputs()).sample
-                per_sample = losses.denoising_loss(output, part.target)  # (b,)
-                (gradient,) = torch.autograd.grad(per_sample.sum(), a)  # (b, D), a row a sample
-                interval = (part.t * INTERVALS // timesteps).cpu()
-                loss.index_add_(0, interval, per_sample.detach().cpu())
-                change.index_add_(0, interval, gradient.abs().cpu())
-                count += torch.bincount(interval, minlength=INTERVALS)
-    finally:
-        gates.detach()
-    mean_loss = loss / count.clamp(min=1)
-    counts = mean_loss > LEAST_LOSS * mean_loss.max()
-    return (change / count.clamp(min=1)[:, None])[counts].sum(0)
+    router.start_codes(problem.z, seed=problem.cfg.seed)
+    clusters = router.route(problem.z).cpu()
+    scores = taylor_importance(problem, clusters, ROUTED_BATCHES)
+    shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)
+    return meet_budget(scores, shares, problem.macs, problem.cfg.budget)
 
 
 # ---- bksdm ----
 
 
-def bksdm(problem: Problem) -> Tensor:
+def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
     """The code of BK-SDM's list of blocks, as far as the budget goes, (1, D). Kim et al., 2023.
 
     Raises:
@@ -256,7 +223,7 @@ def removal_order(space: ArchSpace) -> list[list[str]]:
 # ---- uni-arch ----
 
 
-def uni_arch(problem: Problem) -> Tensor:
+def uni_arch(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
     return close_lowest(train_code(problem), problem.macs, problem.cfg.budget)
 
@@ -279,9 +246,10 @@ def train_code(problem: Problem) -> Tensor:
     return router.codes.detach()[0].cpu()
 
 
-METHODS: dict[str, Callable[[Problem], Tensor]] = {
+METHODS: dict[str, Callable[[Problem, PromptRouter], Tensor]] = {
     "norm": norm,
     "sp": sp,
+    "routed-sp": routed_sp,
     "bksdm": bksdm,
     "random": random,
     "uni-arch": uni_arch,

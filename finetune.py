@@ -31,10 +31,10 @@ from tqdm import trange
 import losses
 from common.checkpoint import Checkpoint
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, read_json, remove_leftovers
+from common.files import MetricsLog, load_tensors, remove_leftovers
 from common.processes import pick_device
 from common.randomness import batch_rows, step_generator
-from common.runs import newest_run, refuse_other_settings
+from common.runs import newest_run, read_run, refuse_other_settings
 from gates import ArchSpace
 from problem import load_split
 from prune_unet import cut_expert, save_expert
@@ -179,7 +179,8 @@ def finetune(cfg: Finetuning) -> None:
     Raises `UserError` for what the user can mend.
     """
     run = cfg.run or newest_run()
-    summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
+    names = ("summary.json", "config.json", "assignments.json")
+    summary, settings, assigned = read_run(run, *names)
     cfg = resolve_finetuning(cfg, summary["target"])
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
@@ -207,7 +208,7 @@ def finetune(cfg: Finetuning) -> None:
     space = ArchSpace.from_unet(teacher.unet, settings["depth"])
     codes = load_codes(run, space)
     data = load_split(settings, "train", teacher.resolution)
-    assignment = torch.tensor(read_json(run / "assignments.json")["train"])
+    assignment = torch.tensor(assigned["train"])
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.encode_text([""])[0].cpu()
     for i in todo:

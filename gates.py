@@ -157,6 +157,16 @@ def removable_layers(unet: UNet2DConditionModel, depth: str) -> list[str]:
     return chosen
 
 
+def inside(layer: Layer, owners: list[str]) -> bool:
+    """Whether a layer is one of `owners` or lies in one."""
+    return any((layer.name + ".").startswith(owner + ".") for owner in owners)
+
+
+def removed_layers(code: Tensor, space: ArchSpace) -> list[str]:
+    """Names of the ResBlocks and Transformers that a binary code removes."""
+    return [layer.name for layer in space.depth_layers if code[layer.start] == 0]
+
+
 def gumbel_noise(
     shape: Sequence[int],
     *,
@@ -171,7 +181,11 @@ def gumbel_noise(
 
 
 def gumbel_sigmoid(
-    logits: Tensor, temperature: float = 0.4, *, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float = 0.4,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Soft gates sigmoid((logits + g) / gamma), g ~ Gumbel(0, 1), differentiable [Eq. 9] [Eq. 12]
 
@@ -181,6 +195,7 @@ def gumbel_sigmoid(
         logits: (..., D).
         temperature: gamma > 0; the paper's value is 0.4.
         generator: a CPU generator; the global one if absent.
+        noise: g itself, of a shape that broadcasts to that of `logits`; sampled if absent.
 
     Returns:
         Gates in [0, 1], of the shape and type of `logits`.
@@ -190,13 +205,9 @@ def gumbel_sigmoid(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    noise = gumbel_noise(logits.shape, generator=generator, device=logits.device)
+    if noise is None:
+        noise = gumbel_noise(logits.shape, generator=generator, device=logits.device)
     return torch.sigmoid((logits + noise) / temperature).to(logits.dtype)
-
-
-def open_probability(logits: Tensor) -> Tensor:
-    """P(gumbel_sigmoid(logits) > 1/2) = 1 - exp(-exp(logits)), at any temperature."""
-    return -torch.expm1(-torch.exp(logits))
 
 
 @torch.no_grad()

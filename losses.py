@@ -72,15 +72,35 @@ def resource_loss(macs: Tensor, target: Tensor | float) -> Tensor:
     return (torch.log(macs) - torch.log(target)).abs()
 
 
+def budget_multiplier(slope: Tensor, price: Tensor, a: Tensor, gumbel_temp: float) -> Tensor:
+    """lambda_res as a Lagrange multiplier: the least-squares price of a MAC, a scalar >= 0.
+
+    With it, Eq. 15's gradient with respect to the logits has no component along that of log T, so
+    a small step neither raises nor lowers T.
+
+    Args:
+        slope: gradient of the image losses with respect to the gates, (B, D).
+        price: gradient of log T(A) with respect to the gates, (B, D).
+        a: the gates, (B, D).
+        gumbel_temp: gamma; the gates' own slope is a (1 - a) / gamma.
+    """
+    slope, price = (g.double() * (a * (1 - a) / gumbel_temp).double() for g in (slope, price))
+    return (-(slope * price).sum() / price.square().sum().clamp(min=1e-30)).clamp(min=0)
+
+
 def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """||teacher - student||^2 of the U-Nets' outputs, (B, C, h, w) -> (B,) [Eq. 27]"""
     return per_sample_mse(student, teacher.detach())
 
 
 def block_distillation_loss(
-    student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor]
+    student_blocks: Sequence[Tensor], teacher_blocks: Sequence[Tensor], normalise: bool = True
 ) -> Tensor:
-    """Sum over blocks of ||teacher^b - student^b||^2, lists of (B, C_b, h_b, w_b) -> (B,) [Eq. 28]
+    """||teacher^b - student^b||^2 over blocks, lists of (B, C_b, h_b, w_b) -> (B,) [Eq. 28]
+
+    Args:
+        normalise: divide each by ||teacher^b||^2 and take the mean over blocks; otherwise their
+            plain sum, exactly as printed.
 
     Raises:
         ValueError: the lists differ in length.
@@ -89,7 +109,11 @@ def block_distillation_loss(
         lengths = f"{len(student_blocks)} student blocks but {len(teacher_blocks)} teacher blocks"
         raise ValueError(lengths)
     pairs = zip(student_blocks, teacher_blocks, strict=True)
-    return torch.stack([per_sample_mse(s, t.detach()) for s, t in pairs]).sum(0)
+    errors = torch.stack([per_sample_mse(s, t.detach()) for s, t in pairs])  # (blocks, B)
+    if not normalise:
+        return errors.sum(0)
+    squares = torch.stack([per_sample_mse(t.detach(), torch.zeros_like(t)) for t in teacher_blocks])
+    return (errors / squares.clamp(min=1e-12)).mean(0)
 
 
 def distillation_loss(
@@ -97,9 +121,10 @@ def distillation_loss(
     teacher: Tensor,
     student_blocks: Sequence[Tensor],
     teacher_blocks: Sequence[Tensor],
+    normalise: bool = True,
 ) -> Tensor:
-    """Output level plus block level, (B,) [Eq. 29]"""
-    blocks = block_distillation_loss(student_blocks, teacher_blocks)
+    """Output level plus block level, (B,); `normalise` as in Eq. 28 [Eq. 29]"""
+    blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)
     return output_distillation_loss(student, teacher) + blocks
 
 
@@ -134,7 +159,7 @@ def pruning_loss(
     assignment: Tensor | None,
     num_experts: int,
     lambda_distill: float = 0.2,
-    lambda_res: float = 2.0,
+    lambda_res: float | Tensor = 2.0,
     lambda_cont: float = 100.0,
 ) -> Tensor:
     """Expert-wise mean of the image losses + resource + contrastive, a scalar [Eq. 15] [Eq. 25]

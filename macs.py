@@ -212,6 +212,27 @@ def prunable_macs(layer: Layer, macs: Counter[str]) -> int:
 # ---- budgets ----
 
 
+@torch.no_grad()
+def budget_shift(logits: Tensor, temperature: float, macs: MacsModel, target: float) -> float:
+    """The number which, added to all logits, makes their soft gates cost `target` MACs on average.
+
+    T grows with the shift, so bisection finds it, to a millionth of the logits' range.
+
+    Args:
+        logits: with their noise, (B, D).
+        temperature: gamma of Eq. 9.
+        macs: T(a) of the U-Net.
+        target: T_d, MACs.
+    """
+    reach = logits.abs().max().item() + 20 * temperature  # there all gates are closed, or open
+    low, high = -reach, reach
+    for _ in range(24):
+        middle = (low + high) / 2
+        over = macs(torch.sigmoid((logits + middle) / temperature)).mean().item() > target
+        low, high = (low, middle) if over else (middle, high)
+    return (low + high) / 2
+
+
 def check_budget(budget: float, macs: MacsModel) -> None:
     """Raises `UserError` where `budget` is outside (0, 1] or below the smallest expert."""
     if not 0 < budget <= 1:

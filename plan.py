@@ -1,7 +1,9 @@
-"""What a run will take, before a GPU is rented: `python train.py --dry-run`. App. E.2.
+"""What can be pruned of a U-Net, and what a run will take, before anything is loaded. App. E.2.
 
-Everything follows from exact MACs and the numbers of steps. A multiply-accumulate is two floating
-point operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
+Behind `python prune_unet.py`, which prints the prunable units of a U-Net level by level, and
+`python train.py --dry-run`, which prints a run's MACs, memory and hours. The hours
+follow from exact MACs and the numbers of steps. A multiply-accumulate is two floating point
+operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
 backward pass, which costs as much as a forward since the weights are frozen: three forwards. With
 checkpointing it is four. Fine-tuning trains weights: the teacher forward, the expert forward, and
 twice the expert's forward for its backward pass. Autoencoder and text encoder are left out.
@@ -10,7 +12,8 @@ twice the expert's forward for its backward pass. Autoencoder and text encoder a
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -27,9 +30,31 @@ from macs import (
     paper_macs,
     skeleton,
 )
-from settings import Pruning, by_target
+from settings import FINETUNING, PAPER_PIXELS, Pruning
 from teacher.model import PRECISIONS
 from teacher.shapes import PIXELS, load_shape
+
+
+@dataclass(frozen=True)
+class Table:
+    """Shows what can be pruned of a U-Net, level by level, and what it costs.
+
+    MACs are multiply-accumulates of one image, one forward. The prunable share is what goes when
+    every removable layer is removed and one unit is left in each of the others.
+    """
+
+    unet: str = "sd21"
+    """sd21, sd21-base, sd15, sdxl, pocket, or a folder with a diffusers U-Net (config.json) or
+    pipeline (unet/config.json)."""
+    resolution: int | None = None
+    """Pixels a side, a multiple of 8; the U-Net's own if not given (paper: 768)."""
+    text_tokens: int = 77
+    """Length of the text states."""
+    depth: Literal["paper", "all", "none"] = "paper"
+    """Layers that may be removed whole: the last ResBlock and Transformer of each down and up block
+    (paper), every one whose input and output shapes agree (all), none."""
+    json: bool = False
+    """Print one JSON object instead of the table."""
 
 
 def level_costs(
@@ -185,17 +210,20 @@ def plan(cfg: Pruning) -> str:
     """
     assert cfg.teacher and cfg.batch_size and cfg.joint_steps and cfg.warmup_steps is not None
     unet = shape_of(cfg.teacher)
-    size = min(cfg.resolution or 256, 8 * unet.config.sample_size) // 8
+    own = PIXELS * unet.config.sample_size
+    pixels = min(cfg.resolution or PAPER_PIXELS, own)
     tokens = TEXT_TOKENS.get(cfg.teacher, 77)
     space = ArchSpace.from_unet(unet, cfg.depth)
+    used = measure_macs(unet, space, latent_size=own // PIXELS, text_tokens=tokens)
+    check_budget(cfg.budget, used)
+    size = pixels // PIXELS
     macs = measure_macs(unet, space, latent_size=size, text_tokens=tokens)
-    check_budget(cfg.budget, macs)
     params = sum(p.numel() for p in unet.parameters())
     forwards = 2 + cfg.distill + cfg.checkpointing
     steps, rate = cfg.warmup_steps + cfg.joint_steps, cfg.tflops * 1e12
     of_step = forwards * cfg.batch_size * macs.dense
     hours = 2 * steps * of_step / rate / 3600
-    tuning = by_target(cfg.target)
+    tuning = FINETUNING.get(cfg.target, FINETUNING["paper"])
     of_image = (1 + 3 * cfg.budget) * macs.dense
     images = cfg.num_experts * tuning["steps"] * tuning["batch_size"]
     tuning_hours = 2 * images * of_image / rate / 3600
@@ -205,22 +233,24 @@ def plan(cfg: Pruning) -> str:
     activations = together * activation_bytes(unet, size, tokens) * width // 4
     expert = 4 * params * cfg.budget  # float32
     reach = cfg.lr * steps if cfg.lr else 0
+    start = (
+        "they start within 4 of 0" if cfg.importance_start else f"all start at {cfg.open_logit:g}"
+    )
     text = f"{forwards} forwards x {cfg.batch_size} images x {macs.dense / 1e9:.2f} G"
     return f"""\
 {cfg.teacher} on {cfg.target}: {params / 1e6:.1f} M parameters, {space.size} prunable units
-budget {cfg.budget:g} of {macs.dense / 1e9:.2f} G MACs at {8 * size} px; with everything pruned \
-{macs.floor / macs.dense:.3f} are left; {cfg.num_experts} experts
+budget {cfg.budget:g} of {used.dense / 1e9:.2f} G MACs at {own} px; with everything pruned \
+{used.floor / used.dense:.3f} are left; {cfg.num_experts} experts
 
-pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps, effective batch {cfg.batch_size}, \
-{together} at once in each process
+pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps at {pixels} px, effective batch \
+{cfg.batch_size}, {together} at once in each process
   MACs       {of_step / 1e12:.1f} T a step ({text}), {steps * of_step / 1e15:.1f} P in all
   time       {hours:.1f} hours of one GPU at {cfg.tflops:g} TFLOP/s: \
 2 x {steps * of_step / 1e15:.1f} P / {cfg.tflops:g} T / 3600
   memory     {weights / GIB:.1f} GiB of weights ({cfg.precision}), up to \
 {activations / GIB:.1f} GiB of activations at {together} images\
 {", less with checkpointing" if cfg.checkpointing else ""}
-  learning   a logit moves at most about {reach:.2g} in {steps} steps at lr {cfg.lr:g}; \
-it starts at {cfg.open_logit:g}
+  learning   logits move by {reach:.2g} at most in {steps} steps at lr {cfg.lr:g}; {start}
 
 fine-tuning  {cfg.num_experts} experts x {tuning["steps"]} steps x {tuning["batch_size"]} images = \
 {images / 1e6:.2f} M images

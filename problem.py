@@ -14,19 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import losses
 from common.files import save_tensors, write_json
-from common.processes import pick_device, start_processes
+from common.processes import add_up, own_rows, pick_device, rank, start_processes
+from common.randomness import batch_rows, step_generator
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
 from macs import MacsModel, check_budget, measure_macs, meet_budget, skeleton
-from prune_unet import cut_in_place
+from prune_unet import attach_gates, cut_in_place
 from router import PromptEncoder, PromptRouter
 from settings import PAPER_PIXELS, Pruning
 from targets.emoji import EMOJI_SIZE
 from targets.images import CaptionedImages, load_target
 from teacher.encoded import Encoded, encode_target
-from teacher.model import Teacher, load_teacher
+from teacher.model import Noised, Teacher, add_noise, load_teacher
+
+TAYLOR_BATCHES = 16  # that importance is taken over
+INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
+LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
+START_SPREAD, START_LIMIT = 1.5, 4.0  # of logits that start at the importance
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,54 @@ class Problem:
     cfg: Pruning
     teacher: Teacher
     space: ArchSpace
-    macs: MacsModel
+    macs: MacsModel  # at the teacher's own resolution, where experts will be used
     data: CaptionedImages
     validation: CaptionedImages
     encoder: PromptEncoder
     z: Tensor  # embeddings of the training prompts, (rows, dz)
     encoded: Encoded  # the training rows as the U-Net reads them
     seconds: float  # that encoding took
+
+    def start_router(self) -> PromptRouter:
+        """An untrained router on the teacher's device."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)
+        router = PromptRouter(
+            self.z.shape[1],
+            self.space.size,
+            cfg.num_experts,
+            center=cfg.center,
+            shared=cfg.shared,
+            open_logit=cfg.open_logit,
+        )
+        if cfg.center:
+            router.mean_z.copy_(self.z.mean(0))
+        return router.to(self.teacher.device)
+
+    def noised(
+        self,
+        rows: Tensor,
+        generator: torch.Generator,
+        own: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Noised:
+        """Training rows at random timesteps.
+
+        Args:
+            rows: row numbers, (b,).
+            own: their places in a batch of `batch_size`, (b,), of which each process has a part;
+                absent where `rows` are a batch of their own.
+            dropout: share of captions replaced by the empty one.
+        """
+        *_, latents, text = self.encoded.batch(rows)
+        B = len(rows) if own is None else self.cfg.batch_size
+        assert B
+        if dropout:
+            dropped = torch.rand(B, generator=generator) < dropout
+            dropped = dropped if own is None else dropped[own]
+            empty = self.teacher.encode_text([""])[0].cpu()  # (tokens, width)
+            text = torch.where(dropped[:, None, None], empty, text)
+        return add_noise(self.teacher, latents, text, generator, own, B)
 
 
 def prepare(cfg: Pruning) -> Problem:
@@ -53,24 +102,27 @@ def prepare(cfg: Pruning) -> Problem:
     assert cfg.teacher and cfg.prompt_encoder
     device = start_processes(pick_device(cfg.device))
 
-    def load_split(split: str, pixels: int) -> CaptionedImages:
-        limit = cfg.limit if split == "train" else None
-        where: dict[str, Any] = {"data_dir": cfg.data_dir, "resolution": pixels}
-        return load_target(cfg.target, split, seed=cfg.seed, limit=limit, **where)
+    def load_splits(pixels: int) -> list[CaptionedImages]:
+        where: dict[str, Any] = {"data_dir": cfg.data_dir, "resolution": pixels, "seed": cfg.seed}
+        return [
+            load_target(cfg.target, "train", limit=cfg.limit, **where),
+            load_target(cfg.target, "validation", **where),
+        ]
 
     pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
-    splits = [load_split(split, pixels) for split in ("train", "validation")]
+    splits = load_splits(pixels)  # data first, since what is missing there is found at once
     teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
     if cfg.resolution is None:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
-    if teacher.resolution != pixels:  # data first, since what is missing there is found at once
-        splits = [load_split(split, teacher.resolution) for split in ("train", "validation")]
+    if teacher.resolution != pixels:
+        splits = load_splits(teacher.resolution)
     data, validation = splits
     if cfg.checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     space = ArchSpace.from_unet(teacher.unet, cfg.depth)
+    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
     macs = measure_macs(
-        teacher.unet, space, latent_size=teacher.latent_size, text_tokens=teacher.text_tokens
+        teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
     )
     check_budget(cfg.budget, macs)
     clock = time.time()
@@ -79,6 +131,63 @@ def prepare(cfg: Pruning) -> Problem:
     encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
     seconds = time.time() - clock
     return Problem(cfg, teacher, space, macs, data, validation, encoder, z, encoded, seconds)
+
+
+def taylor_importance(
+    problem: Problem, clusters: Tensor | None = None, batches: int | None = None
+) -> Tensor:
+    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (K, D).
+
+    L is the denoising loss: to first order, and but for the sign, what it changes by as the unit is
+    removed. Intervals where it is below `LEAST_LOSS` of the highest do not count.
+
+    Args:
+        clusters: a number below K for each training row, (rows,), to tell rows apart; one cluster
+            if absent.
+        batches: training batches to look at; `TAYLOR_BATCHES` if absent.
+    """
+    cfg, teacher, D = problem.cfg, problem.teacher, problem.space.size
+    assert cfg.batch_size
+    if clusters is None:
+        clusters = torch.zeros(len(problem.z), dtype=torch.long)
+    K = int(clusters.max()) + 1
+    timesteps = teacher.noise_schedule().config.num_train_timesteps
+    loss, count = torch.zeros(INTERVALS), torch.zeros(K * INTERVALS)
+    change = torch.zeros(K * INTERVALS, D)
+    own = own_rows(cfg.batch_size)
+    gates = attach_gates(teacher.unet, problem.space)
+    try:
+        bar = range(batches or TAYLOR_BATCHES)
+        for step in tqdm(bar, desc="Taylor importance", unit="batch", disable=rank() > 0):
+            rows = batch_rows(len(problem.z), cfg.batch_size, cfg.seed, step)[own]
+            batch = problem.noised(rows, step_generator(cfg.seed, "taylor", step), own)
+            for places in torch.arange(len(rows)).split(cfg.micro_batch or len(rows)):
+                part = batch.part(places)
+                a = torch.ones(len(places), D, device=teacher.device, requires_grad=True)
+                gates.set_gates(a)
+                output = teacher.unet(**part.inputs()).sample
+                per_sample = losses.denoising_loss(output, part.target)  # (b,)
+                (gradient,) = torch.autograd.grad(per_sample.sum(), a)  # (b, D), a row a sample
+                interval = (part.t * INTERVALS // timesteps).cpu()
+                loss.index_add_(0, interval, per_sample.detach().cpu())
+                cell = clusters[rows[places]] * INTERVALS + interval
+                change.index_add_(0, cell, gradient.abs().cpu())
+                count += torch.bincount(cell, minlength=K * INTERVALS)
+    finally:
+        gates.detach()
+    sums = [tensor.to(teacher.device) for tensor in (loss, count, change)]
+    add_up(*sums)
+    loss, count, change = (tensor.cpu() for tensor in sums)
+    mean_loss = loss / count.view(K, INTERVALS).sum(0).clamp(min=1)  # (INTERVALS,)
+    counts = mean_loss > LEAST_LOSS * mean_loss.max()
+    return (change / count.clamp(min=1)[:, None]).view(K, INTERVALS, D)[:, counts].sum(1)
+
+
+def importance_logits(scores: Tensor) -> Tensor:
+    """Where logits start: the logarithm of importance, standardised and limited, (..., D)."""
+    logits = scores.clamp(min=1e-12).log()
+    logits = START_SPREAD * (logits - logits.mean()) / logits.std().clamp(min=1e-6)
+    return logits.clamp(-START_LIMIT, START_LIMIT)
 
 
 def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
@@ -163,6 +272,7 @@ def write_results(
         "target": cfg.target,
         "teacher": problem.teacher.name,
         "resolution": problem.teacher.resolution,
+        "macs_resolution": problem.teacher.own_pixels or problem.teacher.resolution,
         "budget": cfg.budget,
         "num_experts": cfg.num_experts,
         "units": macs.space.size,

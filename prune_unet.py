@@ -29,10 +29,9 @@ Departures from the paper, and what it leaves open:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -45,11 +44,8 @@ from torch.utils.hooks import RemovableHandle
 
 from common.errors import UserError, command_line
 from common.files import load_tensors, save_tensors
-from gates import ArchSpace, Layer
-
-# what a code costs is part of pruning a U-Net: the scripts import it from here
+from gates import ArchSpace, Layer, inside, removed_layers
 from macs import skeleton
-from plan import describe, print_table
 
 # ---- gates on a running U-Net ----
 
@@ -63,11 +59,11 @@ class GateHandle:
         self.channels: dict[Layer, int] = {}
         self.hooks: list[RemovableHandle] = []
         for layer in space.width_layers:
-            module, self.channels[layer] = reader(unet, layer)
-            self.hooks.append(module.register_forward_pre_hook(self.width_hook(layer)))
+            module, self.channels[layer] = gated_module(unet, layer)
+            self.hooks.append(module.register_forward_pre_hook(partial(self.gate_width, layer)))
         for layer in space.depth_layers:
             module = unet.get_submodule(layer.name)
-            self.hooks.append(module.register_forward_hook(self.depth_hook(layer)))
+            self.hooks.append(module.register_forward_hook(partial(self.gate_depth, layer)))
 
     def set_gates(self, a: Tensor | None) -> None:
         """Use one code for each sample of the batches to come.
@@ -111,23 +107,19 @@ class GateHandle:
             mask = mask.repeat(repeats, *[1] * (mask.ndim - 1))
         return mask.to(features)
 
-    def width_hook(self, layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            v = self.mask(layer, inputs[0])
-            return None if v is None else (scale(v, inputs[0]), *inputs[1:])
+    def gate_width(self, layer: Layer, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        v = self.mask(layer, inputs[0])
+        return None if v is None else (scale(v, inputs[0]), *inputs[1:])
 
-        return hook
-
-    def depth_hook(self, layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-            u = self.mask(layer, inputs[0])
-            if u is None:
-                return None
-            if isinstance(output, tuple):  # a Transformer2DModel called with return_dict=False
-                return (blend(u, output[0], inputs[0]), *output[1:])
-            return blend(u, output, inputs[0])
-
-        return hook
+    def gate_depth(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
+    ) -> Any:
+        u = self.mask(layer, inputs[0])
+        if u is None:
+            return None
+        if isinstance(output, tuple):  # a Transformer2DModel called with return_dict=False
+            return (blend(u, output[0], inputs[0]), *output[1:])
+        return blend(u, output, inputs[0])
 
     def detach(self) -> None:
         """Remove every hook; the U-Net is as it was."""
@@ -137,16 +129,11 @@ class GateHandle:
 
 
 def attach_gates(unet: UNet2DConditionModel, space: ArchSpace | None = None) -> GateHandle:
-    """Attach gates to a stock U-Net through forward hooks; its weights and code stay untouched.
-
-    Args:
-        unet: a diffusers UNet2DConditionModel.
-        space: its architecture space; `ArchSpace.from_unet(unet)` if absent.
-    """
+    """Attach gates to a stock U-Net through forward hooks; its weights and code stay untouched."""
     return GateHandle(unet, space or ArchSpace.from_unet(unet))
 
 
-def reader(unet: UNet2DConditionModel, layer: Layer) -> tuple[nn.Module, int]:
+def gated_module(unet: UNet2DConditionModel, layer: Layer) -> tuple[nn.Module, int]:
     """The module that reads a width layer's features, and how many channels it reads."""
     owner = unet.get_submodule(layer.name)
     if layer.kind == "resnet":
@@ -203,7 +190,7 @@ def keep_channels(module: Any, index: Tensor, axis: int) -> None:
 def cut_resnet(block: ResnetBlock2D, kept: Tensor) -> None:
     """Keep the groups `kept` between the two convolutions of a ResBlock."""
     norm, width = block.norm2, block.conv2.in_channels
-    channels = expand(kept, width // norm.num_groups)
+    channels = channels_of_units(kept, width // norm.num_groups)
     keep_channels(block.conv1, channels, 0)
     if block.time_emb_proj is not None:
         parts = 2 if block.time_embedding_norm == "scale_shift" else 1
@@ -218,7 +205,7 @@ def cut_resnet(block: ResnetBlock2D, kept: Tensor) -> None:
 
 def cut_attention(attention: Attention, kept: Tensor) -> None:
     """Keep the heads `kept` of an attention."""
-    channels = expand(kept, attention.to_out[0].in_features // attention.heads)
+    channels = channels_of_units(kept, attention.to_out[0].in_features // attention.heads)
     for projection in (attention.to_q, attention.to_k, attention.to_v):
         keep_channels(projection, channels, 0)
     keep_channels(attention.to_out[0], channels, 1)
@@ -229,13 +216,13 @@ def cut_attention(attention: Attention, kept: Tensor) -> None:
 def cut_feedforward(feedforward: FeedForward, kept: Tensor, units: int) -> None:
     """Keep the slices `kept` of a feed-forward's width; a gated activation has two projections."""
     projection, inner = feedforward.net[0].proj, feedforward.net[2].in_features
-    channels = expand(kept, inner // units)
+    channels = channels_of_units(kept, inner // units)
     parts = projection.out_features // inner
     keep_channels(projection, repeat_parts(channels, inner, parts), 0)
     keep_channels(feedforward.net[2], channels, 1)
 
 
-def expand(kept: Tensor, per_unit: int) -> Tensor:
+def channels_of_units(kept: Tensor, per_unit: int) -> Tensor:
     """Channel numbers of the units `kept`."""
     return (kept[:, None] * per_unit + torch.arange(per_unit)).flatten()
 
@@ -243,16 +230,6 @@ def expand(kept: Tensor, per_unit: int) -> Tensor:
 def repeat_parts(channels: Tensor, width: int, parts: int) -> Tensor:
     """The same channels in each of the `parts` that a projection's output consists of."""
     return torch.cat([channels + part * width for part in range(parts)])
-
-
-def inside(layer: Layer, owners: list[str]) -> bool:
-    """Whether a layer is one of `owners` or lies in one."""
-    return any((layer.name + ".").startswith(owner + ".") for owner in owners)
-
-
-def removed_layers(code: Tensor, space: ArchSpace) -> list[str]:
-    """Names of the ResBlocks and Transformers that a binary code removes."""
-    return [layer.name for layer in space.depth_layers if code[layer.start] == 0]
 
 
 def check_code(code: Tensor, space: ArchSpace) -> None:
@@ -360,33 +337,10 @@ def load_expert(
     return expert.to(device), header
 
 
-# ---- the command: what can be pruned, and what it costs ----
-
-
-@dataclass(frozen=True)
-class Config:
-    """Shows what can be pruned of a U-Net, level by level, and what it costs.
-
-    MACs are multiply-accumulates of one image, one forward. The prunable share is what goes when
-    every removable layer is removed and one unit is left in each of the others.
-    """
-
-    unet: str = "sd21"
-    """sd21, sd21-base, sd15, sdxl, pocket, or a folder with a diffusers U-Net (config.json) or
-    pipeline (unet/config.json)."""
-    resolution: int | None = None
-    """Pixels a side, a multiple of 8; the U-Net's own if not given (paper: 768)."""
-    text_tokens: int = 77
-    """Length of the text states."""
-    depth: Literal["paper", "all", "none"] = "paper"
-    """Layers that may be removed whole: the last ResBlock and Transformer of each down and up block
-    (paper), every one whose input and output shapes agree (all), none."""
-    json: bool = False
-    """Print one JSON object instead of the table."""
-
-
 def main() -> None:
-    cfg = tyro.cli(Config)
+    from plan import Table, describe, print_table
+
+    cfg = tyro.cli(Table)
     found = describe(cfg.unet, cfg.resolution, cfg.text_tokens, cfg.depth)
     if cfg.json:
         print(json.dumps(found))

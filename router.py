@@ -1,33 +1,31 @@
-"""The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2, 4, 8, 20-22.
+"""The prompt router: Sec. 3.2 and App. D.1-D.2, Eqs. 2-4, 8, 20-22.
 
-A prompt becomes an embedding z (`PromptEncoder`), an architecture embedding e (one linear
-layer), and then one of N architecture codes: by optimal transport over the batch while training, by
-cosine similarity afterwards.
+A prompt becomes an embedding z (a frozen sentence encoder), an architecture embedding e (one linear
+layer), and then one of N architecture codes: by optimal transport while training, by cosine
+similarity afterwards.
 
 | symbol | name here | shape |
 |---|---|---|
+| p | `prompts` | B strings |
 | z | `z`, prompt embeddings | (B, dz) |
 | e, E | `e`, architecture embeddings | (B, D) |
 | A | `router.codes`, one code a row | (N, D) |
-| Q* | `Q` | (N, B) |
+| Q* | the plan of `sinkhorn` | (N, B) |
 | I | `experts`, expert of each prompt | (B,) |
-| eta | `router.predictor`, the architecture predictor's weights | (D, dz), (D,) |
+| eta | `router.predictor`: weight W and bias b | (D, dz), (D,) |
 
-Departures from the paper:
-- Similarities (Eqs. 7 and 22) are cosines of *centred* vectors: embeddings minus their mean over
-  the training prompts, codes minus their mean over the experts. Logits start open, so all vectors
-  share a large common part; raw cosines are all near one, and test-time routing collapses onto a
-  few experts. `center=False` gives the paper's letter.
+Departures from the paper, each with a switch (`settings.py`):
+- A code is a shared part plus its own difference, a_i = b + delta_i, and an embedding is
+  e = W (z - mean z) + b with the same b, the predictor's bias. So what all prompts need is learned
+  from all of them, in both phases, and a code's few samples have to learn only what sets it apart.
+  `shared=False` trains N separate codes.
+- Similarities (Eqs. 7 and 22) are cosines of *centred* vectors, e - b = W (z - mean z) and
+  a_i - mean a. All e and a share the large part b; raw cosines are all near one, and test-time
+  routing collapses onto a few experts. `center=False` compares raw vectors, exactly as printed.
 - Eq. 7 uses A^T E; the cosine is used there too, so that eps = 0.05 means the same for every D and
   training routes like Eq. 22.
-- Since f_AP is linear, the embeddings' mean is f_AP(mean z), exact at every step; only mean z is
-  stored.
 - Codes start as the centres of a balanced clustering of the training prompts' embeddings, made with
   the same transport (`start_codes`). The paper says only that the codes start after the warm-up.
-  After that, Eq. 15 moves the predictor by the contrastive loss alone and the codes by the others
-  alone; nothing pulls a code to its prompts, so where they start is what makes them meet.
-- `open_logit`: biases and codes start at +2, i.e. open with probability 0.9994, so that training
-  starts at the dense model.
 """
 
 from __future__ import annotations
@@ -52,8 +50,6 @@ from common.hub import (
     model_folder,
     refuse_pickles,
 )
-
-# the router's first part: the scripts import it from here
 from common.randomness import step_generator
 from sinkhorn import sinkhorn
 
@@ -154,7 +150,8 @@ class PromptRouter(nn.Module):
         num_units: D, units of the architecture space.
         num_experts: N.
         center: compare centred vectors; see the module's header.
-        open_logit: where biases and codes start.
+        shared: codes are b plus a difference of their own; see the module's header.
+        open_logit: where b starts.
     """
 
     mean_z: Tensor
@@ -166,58 +163,82 @@ class PromptRouter(nn.Module):
         num_experts: int,
         *,
         center: bool = True,
+        shared: bool = True,
         open_logit: float = 2.0,
     ) -> None:
         super().__init__()
-        self.center = center
+        self.center, self.shared = center, shared
         self.predictor = nn.Linear(prompt_dim, num_units)
         nn.init.constant_(self.predictor.bias, open_logit)
-        self.codes = nn.Parameter(torch.full((num_experts, num_units), open_logit))
+        start = torch.full((num_experts, num_units), 0.0 if shared else open_logit)
+        # a code alone has nothing of its own
+        self.own = nn.Parameter(start, requires_grad=num_experts > 1 or not shared)
         self.register_buffer("mean_z", torch.zeros(prompt_dim))
 
     @property
     def num_experts(self) -> int:
-        return self.codes.shape[0]
+        return self.own.shape[0]
+
+    @property
+    def codes(self) -> Tensor:
+        """A, the architecture codes, (N, D)."""
+        return self.own + self.predictor.bias if self.shared else self.own
 
     def forward(self, z: Tensor) -> Tensor:
         """e = f_AP(z; eta): prompt embeddings (B, dz) -> architecture embeddings (B, D) [Eq. 4]"""
-        return self.predictor(z)
+        return self.predictor(z - self.mean_z)
+
+    @torch.no_grad()
+    def start(self, logits: Tensor) -> None:
+        """Let b, and with it every e and code, start at `logits`, (D,)."""
+        self.predictor.bias.copy_(logits)
+        self.own.copy_(torch.zeros_like(self.own) if self.shared else logits.expand_as(self.own))
+
+    @torch.no_grad()
+    def shift(self, amount: float) -> None:
+        """Add a number to every logit of every e and every code."""
+        self.predictor.bias += amount
+        if not self.shared:
+            self.own += amount
 
     @torch.no_grad()
     def similarity(self, e: Tensor, codes: Tensor | None = None) -> Tensor:
         """Cosine similarity of each code with each embedding, (B, D) -> (N, B); see `center`."""
         A = self.codes if codes is None else codes  # (N, D)
         if self.center:
-            e = e - self.predictor(self.mean_z)
+            e = e - self.predictor.bias
             A = A - A.mean(0) if len(A) > 1 else A
         return F.normalize(A, dim=-1) @ F.normalize(e, dim=-1).T
 
-    def transport(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
+    def transport_assignment(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
         """I = argmax over codes of B Q*: experts of a training batch, (B, D) -> (B,) [Eq. 20]"""
         return sinkhorn(self.similarity(e), eps, iterations).argmax(0)
 
     def assign(
         self,
         e: Tensor,
-        A: Tensor | None = None,
-        *,
+        others: Tensor | None = None,
         eps: float = 0.05,
         iterations: int = 3,
         transport: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """a = f_R(e, A; Q*) = A[:, I]: the codes of a training batch [Eq. 8] [Eq. 21]
+        """f_R(e, A; Q*) = A[:, I]: expert and code of each prompt in training [Eq. 8] [Eq. 21]
 
         Args:
-            e: architecture embeddings, (B, D).
-            A: what to pick from, a row an expert, (N, D): the codes if absent, or their gates.
+            e: architecture embeddings of the batch, (B, D).
+            others: embeddings of further prompts among which the transport balances, (P, D).
             eps, iterations: of the transport.
             transport: without it each prompt takes its nearest code (the ablation of Table 3).
 
         Returns:
-            I, (B,), chosen without gradient, and A's rows for it, (B, D), with gradient.
+            I, (B,), chosen without gradient, and the codes' rows for it, (B, D), with gradient.
         """
-        experts = self.transport(e, eps, iterations) if transport else self.nearest(e)
-        return experts, (self.codes if A is None else A)[experts]
+        if transport:
+            everything = e if others is None else torch.cat([e, others])
+            experts = self.transport_assignment(everything, eps, iterations)[: len(e)]
+        else:
+            experts = self.nearest(e)
+        return experts, self.codes[experts]
 
     def nearest(self, e: Tensor) -> Tensor:
         """The expert whose code has the highest cosine similarity, (B, D) -> (B,) [Eq. 22]
@@ -240,7 +261,7 @@ class PromptRouter(nn.Module):
             if encoder is None:
                 raise ValueError("routing text needs an encoder")
             prompts = encoder(prompts)
-        return self.nearest(self(prompts.to(self.codes.device)))
+        return self.nearest(self(prompts.to(self.own.device)))
 
     @torch.no_grad()
     def start_codes(
@@ -263,8 +284,8 @@ class PromptRouter(nn.Module):
             iterations: of assigning and averaging.
             transport: without it the clustering is k-means, and clusters have any size.
         """
-        draw = step_generator(seed, "codes")
-        z = z[torch.randperm(len(z), generator=draw)[:sample]].to(self.codes.device)
+        generator = step_generator(seed, "codes")
+        z = z[torch.randperm(len(z), generator=generator)[:sample]].to(self.own.device)
         e = self(z)  # (P, D)
         centres = e[: self.num_experts].clone()
         for _ in range(iterations):
@@ -272,7 +293,7 @@ class PromptRouter(nn.Module):
             experts = (sinkhorn(scores, iterations=10) if transport else scores).argmax(0)  # (P,)
             for i in experts.unique().tolist():
                 centres[i] = e[experts == i].mean(0)
-        self.codes.copy_(centres)
+        self.own.copy_(centres - self.predictor.bias if self.shared else centres)
 
     def settings(self) -> dict[str, Any]:
         """What `PromptRouter(**settings)` needs to make an empty router of this shape."""
@@ -282,4 +303,18 @@ class PromptRouter(nn.Module):
             "num_units": units,
             "num_experts": self.num_experts,
             "center": self.center,
+            "shared": self.shared,
         }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the tensors of a saved router.
+
+        A router of an earlier version holds its codes whole, and its predictor reads z uncentred.
+        """
+        if "codes" in tensors:
+            weight, mean = tensors["predictor.weight"], tensors["mean_z"]
+            bias = tensors["predictor.bias"] + weight @ mean
+            own = tensors["codes"] - bias if self.shared else tensors["codes"]
+            tensors = {"predictor.weight": weight, "predictor.bias": bias, "mean_z": mean}
+            tensors["own"] = own
+        self.load_state_dict(tensors)

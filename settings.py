@@ -6,12 +6,17 @@ below them, and `resolve` fills it in. Nothing here computes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from common.errors import UserError
+from common.files import check_writable
 from common.hub import PAPER_ENCODER, STABLE_DIFFUSION
+from common.ranges import check_ranges
 from common.runs import RUNS
 from gates import DEPTH_MODES
 from targets.images import check_target
@@ -45,17 +50,25 @@ class Pruning:
     resolution: int | None = None
     """Pixels a side while pruning; the teacher's own, at most 256, if not given (paper: 256)."""
     warmup_steps: int | None = None
-    """Steps in which only the predictor is trained; by target (emoji: 40, paper: 500)."""
+    """Steps in which only the predictor is trained; by target (paper: 500)."""
     joint_steps: int | None = None
-    """Steps in which predictor and codes are trained; by target (emoji: 160, paper: 2500)."""
+    """Steps in which predictor and codes are trained; by target (paper: 2500)."""
     batch_size: int | None = None
-    """Prompts a step; by target (emoji: 64, paper: 1024)."""
+    """Prompts a step; by target (paper: 1024)."""
+    transport_rows: int = 1024
+    """Prompts among which the transport balances a batch: its own and others (paper: the 1024 of
+    its batch). 0: the batch alone."""
     micro_batch: int | None = None
     """Prompts that go through the U-Net at once; by target (emoji: all, paper: 64)."""
     lr: float | None = None
-    """AdamW's learning rate of predictor and codes; by target (emoji: 0.05, paper: 2e-4)."""
+    """AdamW's learning rate of predictor and codes; by target (paper: 2e-4)."""
     lr_warmup: int | None = None
-    """Steps of linear learning-rate warm-up; by target (emoji: 10, paper: 100)."""
+    """Steps of linear learning-rate warm-up; by target (paper: 100)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay of predictor and codes (paper: not said; PyTorch's default is 0.01)."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one, which guidance asks the experts about (paper:
+    not said; official code: 0)."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -71,7 +84,7 @@ class Pruning:
     lambda_distill: float = 0.2
     """Weight of distillation in Eq. 15 (paper: 0.2)."""
     lambda_res: float = 2.0
-    """Weight of the resource loss (paper: 2.0)."""
+    """Weight of the resource loss with --no-hold-budget (paper: 2.0)."""
     lambda_cont: float = 100.0
     """Weight of the contrastive loss (paper: 100)."""
     gumbel_temp: float = 0.4
@@ -82,14 +95,32 @@ class Pruning:
     """Entropy weight of the transport (paper: 0.05)."""
     sinkhorn_iterations: int = 3
     """Iterations of the transport (paper: 3)."""
-    open_logit: float = 2.0
-    """Where logits start; the paper does not say."""
     transport: bool = True
-    """Assign training prompts by optimal transport; --no-transport is Table 3's second row."""
+    """Assign training prompts by optimal transport; without it and without distillation it is Table
+    3's second row."""
     distill: bool = True
     """Distil from the teacher while pruning; --no-distill is Table 3's third row."""
+    as_printed: bool = False
+    """All departures from the paper off at once, those below and the two shares above: no other
+    flag of theirs counts."""
+    hold_budget: bool = True
+    """Hold T(A) at T_d in every step, lambda_res being its Lagrange multiplier; otherwise it is a
+    constant weight (paper: constant)."""
+    importance_start: bool = True
+    """Logits start at the units' Taylor importance; otherwise all at --open-logit."""
+    open_logit: float = 2.0
+    """Where logits start without importance (paper: not said)."""
+    shared: bool = True
+    """A code is a part that all share plus its own difference; otherwise codes are separate."""
     center: bool = True
-    """Route on centred vectors; --no-center is the paper's letter."""
+    """Route by centred vectors; otherwise by raw ones (paper: raw)."""
+    sample_noise: bool = True
+    """Gumbel noise of gates for each sample; otherwise for each code (paper: not said)."""
+    common_noise: bool = True
+    """One Gumbel noise for a batch in the contrastive loss; otherwise one for each prompt."""
+    normalise_blocks: bool = True
+    """Block distillation relative to the teacher's block, averaged; otherwise a plain sum (paper:
+    sum)."""
     depth: str = "paper"
     """Which layers may be removed: paper, all or none."""
     limit: int | None = None
@@ -124,6 +155,9 @@ class Finetuning:
     """Weight of distillation (paper: 1.0)."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one."""
+    normalise_blocks: bool = True
+    """Block distillation relative to the teacher's block, averaged; otherwise a plain sum (paper:
+    sum)."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -141,21 +175,37 @@ PRUNING: dict[str, dict[str, Any]] = {
         "teacher": "pocket",
         "prompt_encoder": "minilm",
         "warmup_steps": 40,
-        "joint_steps": 160,
+        "joint_steps": 80,
         "batch_size": 64,
         "lr": 0.05,
         "lr_warmup": 10,
     },
-    "paper": {  # App. E.2; for every target that is not listed
+    "paper": {  # for every target that is not listed
         "teacher": STABLE_DIFFUSION,
         "prompt_encoder": PAPER_ENCODER,
-        "warmup_steps": 500,
-        "joint_steps": 2500,
+        "warmup_steps": 100,
+        "joint_steps": 400,
         "batch_size": 1024,
         "micro_batch": 64,
-        "lr": 2e-4,
-        "lr_warmup": 100,
+        "lr": 0.01,
+        "lr_warmup": 20,
     },
+}
+AS_PRINTED: dict[str, Any] = {
+    "hold_budget": False,
+    "importance_start": False,
+    "shared": False,
+    "center": False,
+    "sample_noise": False,
+    "common_noise": False,
+    "normalise_blocks": False,
+    "transport_rows": 0,
+    "caption_dropout": 0.0,
+    "weight_decay": 0.01,
+}
+PRINTED: dict[str, dict[str, Any]] = {  # what --as-printed changes in `PRUNING`
+    "emoji": {"warmup_steps": 40, "joint_steps": 160},
+    "paper": {"warmup_steps": 500, "joint_steps": 2500, "lr": 2e-4, "lr_warmup": 100},  # App. E.2
 }
 
 PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
@@ -164,9 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
     "cc3m-base": {"target": "cc3m", "budget": 0.85, "num_experts": 16},
     "cc3m-small": {"target": "cc3m", "budget": 0.66, "num_experts": 8},
 }
-
 PAPER_PIXELS = 256
-
 FREE = (  # may differ when a run is resumed
     "device",
     "out",
@@ -182,51 +230,71 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "emoji": {"steps": 100, "batch_size": 32, "lr": 2e-4},
     "paper": {"steps": 30_000, "batch_size": 128, "lr": 1e-5, "micro_batch": 32},  # App. E.2
 }
-IDENTITY = (
+IDENTITY = (  # an expert made with other values of these is another expert
     "steps",
     "batch_size",
     "lr",
     "alpha_ddpm",
     "alpha_distill",
+    "normalise_blocks",
     "caption_dropout",
     "seed",
-)  # an expert made with other values of these is another expert
+)
 
 
-def by_target(target: str) -> dict[str, Any]:
-    """Settings that depend on the target; the paper's for all but emoji."""
-    return FINETUNING.get(target, FINETUNING["paper"])
+def filled(cfg: Any, defaults: dict[str, Any]) -> Any:
+    """The configuration with `defaults` where it has None."""
+    return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
 
 
 def resolve(cfg: Pruning) -> Pruning:
     """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
+    check_ranges(cfg)
     check_target(cfg.target)
-    if cfg.depth not in DEPTH_MODES:
-        raise UserError(f"--depth {cfg.depth} is unknown; choose one of: {', '.join(DEPTH_MODES)}")
-    if cfg.precision not in PRECISIONS:
-        raise UserError(
-            f"--precision {cfg.precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
-        )
-    given = {key: value for key, value in asdict(cfg).items() if value is not None}
-    defaults = PRUNING.get(cfg.target, PRUNING["paper"])
-    cfg = replace(cfg, **{key: given.get(key, value) for key, value in defaults.items()})
-    assert (
-        cfg.warmup_steps is not None and cfg.joint_steps is not None and cfg.batch_size is not None
-    )
-    for name, value, least in (
-        ("num-experts", cfg.num_experts, 1),
-        ("batch-size", cfg.batch_size, 2),
-        ("warmup-steps", cfg.warmup_steps, 0),
-        ("joint-steps", cfg.joint_steps, 1),
-        ("save-every", cfg.save_every, 1),
-        ("micro-batch", 1 if cfg.micro_batch is None else cfg.micro_batch, 1),
-        ("limit", cfg.num_experts if cfg.limit is None else cfg.limit, cfg.num_experts),
+    for name, value, known in (
+        ("depth", cfg.depth, DEPTH_MODES),
+        ("precision", cfg.precision, tuple(PRECISIONS)),
     ):
-        if value < least:
-            raise UserError(f"--{name} {value} is too small; choose {least} or more")
+        if value not in known:
+            raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
+    kind = cfg.target if cfg.target in PRUNING else "paper"
+    if cfg.as_printed:
+        cfg = filled(replace(cfg, **AS_PRINTED), PRINTED[kind])
+    cfg = filled(cfg, PRUNING[kind])
+    assert cfg.batch_size
+    if cfg.batch_size < 2:
+        raise UserError(f"--batch-size {cfg.batch_size} is too small; choose 2 or more")
     if cfg.num_experts > cfg.batch_size:
         raise UserError(
             f"--num-experts {cfg.num_experts} is more than --batch-size {cfg.batch_size}: the "
             "transport gives every expert a share of each batch; lower the one or raise the other"
         )
-    return replace(cfg, out=cfg.out or RUNS / f"{Path(cfg.target).name}-{cfg.budget:g}")
+    if cfg.limit is not None and cfg.limit < cfg.num_experts:
+        raise UserError(
+            f"--limit {cfg.limit} is less than --num-experts {cfg.num_experts}; choose "
+            f"{cfg.num_experts} or more"
+        )
+    cfg = replace(cfg, out=cfg.out or RUNS / f"{Path(cfg.target).name}-{cfg.budget:g}")
+    assert cfg.out
+    check_writable(cfg.out)
+    return cfg
+
+
+def resolve_finetuning(cfg: Finetuning, target: str) -> Finetuning:
+    """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
+    check_ranges(cfg)
+    if cfg.precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise UserError(f"--precision {cfg.precision} is unknown; choose one of: {known}")
+    return filled(cfg, FINETUNING.get(target, FINETUNING["paper"]))
+
+
+def read_pruning(arguments: list[str], description: str | None) -> Pruning:
+    """`Pruning` from arguments; `--preset NAME` sets what the other arguments do not."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    preset, rest = parser.parse_known_args(arguments)
+    if preset.preset not in (None, *PRESETS):
+        raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
+    start = Pruning(**PRESETS.get(preset.preset, {}))
+    return tyro.cli(Pruning, args=rest, default=start, description=description)

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 
 def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
-    """Q* = diag(m) exp(scores / eps) diag(n), which solves Eq. 5, by Sinkhorn-Knopp [Eq. 5] [Eq. 7]
+    """Q* = diag(m) exp(scores / eps) diag(n), by Sinkhorn-Knopp [Eq. 5] [Eq. 6] [Eq. 7]
 
-    Every column of Q* sums to 1/B exactly; every row sums to 1/N in the limit of many iterations
-    (Eq. 6). Works in any floating-point type, internally in float32 or wider, and propagates no
-    gradients.
+    The transport plan that maximises Eq. 5 under the equipartition constraints of Eq. 6. Every
+    column of Q* sums to 1/B exactly; every row sums to 1/N in the limit of many iterations. Works
+    in any floating-point type, internally in float32 or wider, and propagates no gradients.
 
     Args:
         scores: similarities of N codes and B embeddings, (N, B), finite.
@@ -48,10 +48,3 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
         log_Q = F.log_softmax(log_Q, dim=1)  # equal rows; their 1/N is undone by the next line
         log_Q = F.log_softmax(log_Q, dim=0)  # columns sum to 1, that is 1/B after the division
     return (log_Q.exp() / scores.shape[1]).to(scores.dtype)
-
-
-def equipartition_error(Q: Tensor) -> Tensor:
-    """Largest relative violation of Q 1_B = 1/N and Q^T 1_N = 1/B, a scalar [Eq. 6]"""
-    N, B = Q.shape
-    rows, columns = (Q.sum(1) * N - 1).abs().max(), (Q.sum(0) * B - 1).abs().max()
-    return torch.maximum(rows, columns)

@@ -1,75 +1,92 @@
 """The pruning stage: Sec. 3.3.1 and App. E.2, Eq. 15.
 
     python train.py                          # emoji, pocket teacher, 0.78 of its MACs, 8 experts
-    python train.py --budget 0.6 --num-experts 4
+    python train.py --budget 0.5 --num-experts 4
     python train.py --preset coco-base --data-dir D      # or coco-small, cc3m-base, cc3m-small
     torchrun --nproc-per-node 8 train.py --preset coco-base --data-dir D --precision bf16
 
 Warm-up: each prompt is pruned by its own predicted architecture e' (Eq. 12). Then the codes start
 from the embeddings' clusters, and codes and predictor are trained jointly, prompts being assigned
 by optimal transport. The U-Net's weights stay frozen throughout, and the teacher is the same U-Net
-with its gates open. At the end the codes become binary, so that the experts' mean MACs over the
-training prompts meet the budget. A killed run goes on with the same command. A batch goes through
-the U-Net in micro-batches and over as many processes as there are, but transport and contrastive
-loss always see all of it (`PruningStep`).
+with its gates open. At the end the codes become binary. A killed run goes on with the same command.
 
-Departures from the paper:
-- On `emoji`, far fewer and larger steps than the paper's 3000 at 2e-4: the defaults depend on the
-  target, and `--help` gives both.
-- Latents are the autoencoder's means instead of fresh samples from its posterior.
-- For other targets the paper's 2e-4 is kept, but in 3000 steps it moves a logit by 0.6 at most. The
-  official code multiplies it by the root of the batch size: `--lr 6.4e-3`.
+The router's part of a step (assignment, resource and contrastive loss) is small and sees the whole
+batch. The U-Net's part is large, and runs on a few prompts at a time, on one machine or on many.
+They meet in one place, the gates (B, D), so accumulating over micro-batches, or sharing a batch out
+among GPUs, changes no result.
+
+| symbol | name here | shape |
+|---|---|---|
+| a | `a`, soft gates of each sample | (B, D) |
+| T(A), T_d | `mean_macs`, `target` | scalar |
+| lambda_res | `lambda_res`: the multiplier that holds the budget, or a constant | scalar |
+| dL/da | `gate_gradient`, of the image losses | (B, D) |
+
+Departures from the paper, each with a switch; `--as-printed` turns all of them off:
+- `--hold-budget`. T(A) equals T_d in every step: before it, one number is added to the part b that
+  all logits share, so that the batch's soft gates cost T_d; and lambda_res is the Lagrange
+  multiplier with which Eq. 15's gradient moves along T(A) = T_d. With the printed constant weight
+  the image losses win: at a budget of 0.5 the soft gates end at 0.83, and the last third is cut
+  without training.
+- `--importance-start`. Logits start at the units' Taylor importance, so that e is an architecture
+  from the first step. The paper does not say where they start.
+- `--sample-noise`, `--common-noise`. Eq. 9's noise is sampled for each sample, not for each code,
+  so that a step sees as many architectures as samples. In the contrastive loss one noise serves the
+  whole batch: noise of their own makes e' dissimilar even if all e are the same.
+- `--caption-dropout`. Some captions are empty, as guidance will ask the experts about them.
+- `--transport-rows`. The transport balances a batch among as many prompts as the paper's batch has;
+  forced on the 64 of the embedded default alone, equal shares contradict the nearest code.
+- `--weight-decay 0`: it would pull logits towards 0.
+- Far fewer and larger steps than the paper's 3000 at 2e-4 (`settings.py`), which move a logit by
+  0.6 at most.
+- Latents are the autoencoder's means instead of fresh samples from its posterior (no switch).
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
 from typing import Any
 
 import torch
-import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import trange
 
 import losses
-from common.checkpoint import load_optimizer, optimizer_tensors
-from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, read_json, save_tensors, write_json
-from common.processes import (
-    add_up,
-    everybodys,
-    own_rows,
-    rank,
-    stop_processes,
-    wait,
-)
+from common.checkpoint import Checkpoint
+from common.errors import command_line
+from common.files import MetricsLog, read_json, write_json
+from common.processes import add_up, own_rows, rank, stop_processes, wait
 from common.randomness import batch_rows, step_generator
 from common.runs import as_json, claim
-from gates import gumbel_sigmoid
-from macs import MacsModel
+from gates import gumbel_noise, gumbel_sigmoid
+from macs import MacsModel, budget_shift
 from plan import plan
-from problem import Problem, prepare, print_table, write_results
+from problem import (
+    Problem,
+    importance_logits,
+    prepare,
+    print_table,
+    taylor_importance,
+    write_results,
+)
 from prune_unet import GateHandle, attach_gates
 from router import PromptRouter
-from settings import FREE, PRESETS, Pruning, resolve
+from settings import FREE, Pruning, read_pruning, resolve
 from teacher.blocks import BlockRecorder
-from teacher.model import Noised, Teacher, add_noise
+from teacher.model import Noised, Teacher
 
-TERMS = ("loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio", "usage")
-
+TERMS = [*("loss", "denoising", "distillation", "resource", "contrastive")]
+TERMS += ["macs_ratio", "lambda_res", "perplexity"]
 HALF_SCALE = 1024.0  # of a sample's loss in half precision, undone in its gradient
+CHECKPOINT = "checkpoint.safetensors"
+
+
+# ---- one step ----
 
 
 class PruningStep:
-    """What one training step computes: Eq. 15 for one batch, as a dictionary of terms.
-
-    The router's part sees the whole batch. The U-Net's part runs on this process's rows, a
-    micro-batch at a time, forward and backward, and leaves the gradient with respect to the gates:
-    the one thing in which the two parts meet.
-    """
+    """What one training step computes: Eq. 15 for one batch, as a dictionary of terms."""
 
     def __init__(
         self,
@@ -80,7 +97,7 @@ class PruningStep:
         macs: MacsModel,
     ) -> None:
         self.cfg, self.teacher, self.router = cfg, teacher, router
-        self.gates, self.macs = gates, macs
+        self.gates, self.macs, self.target = gates, macs, cfg.budget * macs.dense
         self.blocks = BlockRecorder(teacher.unet)
         # half precision has no room for gradients as small as those of a sample among many
         half = next(teacher.unet.parameters()).dtype == torch.float16
@@ -90,37 +107,46 @@ class PruningStep:
         self,
         z: Tensor,
         batch: Noised,
-        draw: torch.Generator,
+        generator: torch.Generator,
         *,
         warmup: bool,
         own: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss and its terms, scalars.
+        """The loss and its terms, scalars. With a held budget, moves b so that T(A) = T_d first.
 
         Args:
             z: prompt embeddings of the whole batch, (B, dz).
             batch: noised latents of the rows `own`, (b, ...).
-            draw: the step's randomness, the same in every process.
+            generator: the step's randomness, the same in every process.
             warmup: each prompt is pruned by its own architecture e'.
             own: this process's rows of the batch, (b,); all if absent.
+            others: embeddings of further prompts for the transport, (P, dz).
         """
         cfg, B = self.cfg, len(z)
-        e = self.router(z)  # (B, D)
-        e_prime = gumbel_sigmoid(e, cfg.gumbel_temp, generator=draw)  # (B, D)
-        experts: Tensor | None = None
-        a = e_prime  # during warm-up, each prompt has its own architecture
+        experts = None  # (B,)
         if not warmup:
-            A = gumbel_sigmoid(self.router.codes, cfg.gumbel_temp, generator=draw)  # (N, D)
-            experts, a = self.router.assign(
-                e, A, eps=cfg.eps, iterations=cfg.sinkhorn_iterations, transport=cfg.transport
-            )
-        mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
-        resource = losses.resource_loss(mean_macs, cfg.budget * self.macs.dense)
+            with torch.no_grad():
+                further = None if others is None else self.router(others)
+                balance = (cfg.eps, cfg.sinkhorn_iterations, cfg.transport)
+                experts, _ = self.router.assign(self.router(z), further, *balance)
+        noise, contrast_noise = self.noise(B, experts, generator)
+        if cfg.hold_budget:
+            noisy = self.logits(z, experts).detach() + noise
+            self.router.shift(budget_shift(noisy, cfg.gumbel_temp, self.macs, self.target))
+        a = gumbel_sigmoid(self.logits(z, experts), cfg.gumbel_temp, noise=noise)  # (B, D)
+        e_prime = gumbel_sigmoid(self.router(z), cfg.gumbel_temp, noise=contrast_noise)  # (B, D)
         contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp)
-
         weights = losses.sample_weights(experts, cfg.num_experts, B).to(a)  # (B,)
         rows = torch.arange(B) if own is None else own
-        denoising, distillation, slope = self.image_losses(a.detach(), weights, batch, rows)
+        denoising, distillation, gate_gradient = self.image_losses(a.detach(), weights, batch, rows)
+        mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
+        resource = losses.resource_loss(mean_macs, self.target)
+        lambda_res = torch.tensor(cfg.lambda_res)
+        if cfg.hold_budget:  # there R is 0, with a kink; its signed form has the gradient
+            resource = torch.log(mean_macs / self.target)
+            (price,) = torch.autograd.grad(resource, a, retain_graph=True)  # (B, D)
+            lambda_res = losses.budget_multiplier(gate_gradient, price, a.detach(), cfg.gumbel_temp)
         loss = losses.pruning_loss(
             denoising,
             distillation,
@@ -129,10 +155,12 @@ class PruningStep:
             experts,
             cfg.num_experts,
             cfg.lambda_distill,
-            cfg.lambda_res,
+            lambda_res,
             cfg.lambda_cont,
         )
-        loss = loss + (slope * (a - a.detach())).sum()  # zero, with the image losses' gradient
+        # The U-Net's graph is gone by now. This term is zero, and its gradient with respect to a is
+        # `gate_gradient`: through it, backward carries the image losses on into the router.
+        loss = loss + (gate_gradient * (a - a.detach())).sum()
         share = torch.full((B,), 1 / B)  # of the prompts, by architecture
         if experts is not None:
             share = torch.bincount(experts.cpu(), minlength=cfg.num_experts) / B
@@ -140,16 +168,34 @@ class PruningStep:
             "loss": loss,
             "denoising": denoising.mean(),
             "distillation": distillation.mean(),
-            "resource": resource,
+            "resource": resource.abs(),
             "contrastive": contrastive,
             "macs_ratio": mean_macs / self.macs.dense,
-            "usage": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()),
+            "lambda_res": lambda_res,
+            "perplexity": torch.exp(-(share * share.clamp(min=1e-12).log()).sum()),
         }
+
+    def logits(self, z: Tensor, experts: Tensor | None) -> Tensor:
+        """What the gates of each sample are made of: e in the warm-up, then its code, (B, D)."""
+        return self.router(z) if experts is None else self.router.codes[experts]
+
+    def noise(
+        self, B: int, experts: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Gumbel noise of the gates, (B, D), and of e' in the contrastive loss, (1 or B, D)."""
+        cfg, (N, D) = self.cfg, self.router.own.shape
+        device = self.router.own.device
+        by_prompt = gumbel_noise((B, D), generator=generator, device=device)
+        common = gumbel_noise((1, D), generator=generator, device=device)
+        noise = by_prompt
+        if experts is not None and not cfg.sample_noise:
+            noise = gumbel_noise((N, D), generator=generator, device=device)[experts]
+        return noise, common if cfg.common_noise else by_prompt
 
     def image_losses(
         self, a: Tensor, weights: Tensor, batch: Noised, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Denoising and distillation losses, and the gradient of their weighted sum.
+        """Denoising and distillation losses, and their weighted sum's gradient for the gates.
 
         Args:
             a: gates of the whole batch, (B, D), without gradient.
@@ -158,11 +204,11 @@ class PruningStep:
             rows: this process's rows, (b,).
 
         Returns:
-            (B,), (B,) and (B, D), summed over the processes.
+            (B,), (B,) and (B, D), summed over the micro-batches and processes.
         """
         cfg, unet = self.cfg, self.teacher.unet
         denoising, distillation = torch.zeros_like(weights), torch.zeros_like(weights)
-        slope = torch.zeros_like(a)
+        gate_gradient = torch.zeros_like(a)
         for part in torch.arange(len(rows)).split(cfg.micro_batch or len(a)):
             now, inputs = rows[part].to(a.device), batch.part(part)
             teacher_output, teacher_blocks = None, []
@@ -178,18 +224,20 @@ class PruningStep:
             image = losses.denoising_loss(output, inputs.target)  # (b,)
             denoising[now] = image.detach()
             if teacher_output is not None:
-                distance = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
+                distance = losses.distillation_loss(
+                    output, teacher_output, blocks, teacher_blocks, cfg.normalise_blocks
+                )
                 distillation[now] = distance.detach()
                 image = image + cfg.lambda_distill * distance
             (self.scale * (weights[now] * image).sum()).backward()
             self.gates.set_gates(None)
             assert gates.grad is not None
-            slope[now] = gates.grad / self.scale
-        add_up(denoising, distillation, slope)
-        return denoising, distillation, slope
+            gate_gradient[now] = gates.grad / self.scale
+        add_up(denoising, distillation, gate_gradient)
+        return denoising, distillation, gate_gradient
 
 
-CHECKPOINT = "checkpoint.safetensors"
+# ---- all steps ----
 
 
 def train(cfg: Pruning) -> dict[str, Any]:
@@ -223,55 +271,50 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
 
     Raises `UserError` where the loss is no longer finite.
     """
-    cfg, teacher, z, encoded = problem.cfg, problem.teacher, problem.z, problem.encoded
+    cfg, teacher, z = problem.cfg, problem.teacher, problem.z
     assert cfg.out and cfg.batch_size and cfg.lr
     assert cfg.warmup_steps is not None and cfg.joint_steps and cfg.lr_warmup is not None
-    N, steps = cfg.num_experts, cfg.warmup_steps + cfg.joint_steps
-    torch.manual_seed(cfg.seed)
-    router = PromptRouter(
-        z.shape[1], problem.space.size, N, center=cfg.center, open_logit=cfg.open_logit
-    ).to(teacher.device)
-    router.mean_z.copy_(z.mean(0))
-    optimizer = torch.optim.AdamW(router.parameters(), lr=cfg.lr)
-    path, first = cfg.out / CHECKPOINT, 0
-    seconds = {"encode": problem.seconds, "warmup": 0.0, "joint": 0.0}
-    if path.exists():
-        tensors, meta = load_tensors(path)
-        router.load_state_dict(
-            {k.removeprefix("router/"): v for k, v in tensors.items() if k.startswith("router/")}
-        )
-        load_optimizer(optimizer, tensors)
-        first, seconds = meta["step"], meta["seconds"]
+    steps = cfg.warmup_steps + cfg.joint_steps
+    router = problem.start_router()
+    optimizer = torch.optim.AdamW(router.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    checkpoint = Checkpoint(cfg.out / CHECKPOINT, {"router": router, "optimizer": optimizer})
+    meta = checkpoint.restore()
+    first = meta.get("step", 0)
+    seconds = meta.get("seconds", {"encode": problem.seconds, "warmup": 0.0, "joint": 0.0})
+    if not meta and cfg.importance_start:
+        clock = time.time()
+        router.start(importance_logits(taylor_importance(problem)[0]).to(teacher.device))
+        seconds["importance"] = time.time() - clock
     wait()  # all have read the checkpoint before it is written again
     gates = attach_gates(teacher.unet, problem.space)
     step_of = PruningStep(cfg, teacher, router, gates, problem.macs)
-    log = MetricsLog(cfg.out / "metrics.csv", list(TERMS), first) if rank() == 0 else None
+    log = MetricsLog(cfg.out / "metrics.csv", TERMS, first) if rank() == 0 else None
     own = own_rows(cfg.batch_size)
     bar = trange(first, steps, initial=first, total=steps, desc="pruning", disable=rank() > 0)
     try:
         for step in bar:
             clock = time.time()
             warmup = step < cfg.warmup_steps
-            if step == cfg.warmup_steps and (N > 1 or step > 0):  # one code alone starts open
+            if step == cfg.warmup_steps and cfg.num_experts > 1:
                 router.start_codes(z, seed=cfg.seed, transport=cfg.transport)
-            draw = step_generator(cfg.seed, "train", step)
+            generator = step_generator(cfg.seed, "train", step)
             rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
-            used, latents, text = encoded.batch(rows[own])
-            rows = everybodys(used, own, cfg.batch_size, teacher.device)
-            batch = add_noise(teacher, latents, text, draw, own, cfg.batch_size)
-            terms = step_of(z[rows].to(teacher.device), batch, draw, warmup=warmup, own=own)
+            others = torch.randperm(len(z), generator=generator)
+            others = others[: max(0, cfg.transport_rows - len(rows))]
+            batch = problem.noised(rows[own], generator, own, cfg.caption_dropout)
+            terms = step_of(
+                z[rows].to(teacher.device),
+                batch,
+                generator,
+                warmup=warmup,
+                own=own,
+                others=z[others].to(teacher.device),
+            )
             values = {name: terms[name].item() for name in TERMS}
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
-            norm = nn.utils.get_total_norm(
-                [p.grad for p in router.parameters() if p.grad is not None]
-            )
-            if not math.isfinite(values["loss"]) or not torch.isfinite(norm):
-                good = f"the last good state is in {path}" if path.exists() else "nothing was saved"
-                raise UserError(
-                    f"the loss became {values['loss']} and its gradient {norm.item():.3g} at step "
-                    f"{step}; {good}; try a lower --lr or --precision fp32, and another --out"
-                )
+            advice = "try a lower --lr or --precision fp32, and another --out"
+            checkpoint.guard(step, values["loss"], router.parameters(), advice)
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
             optimizer.step()
@@ -281,9 +324,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             log.write(step, values)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-                state = {f"router/{k}": v for k, v in router.state_dict().items()}
-                state |= optimizer_tensors(optimizer)
-                save_tensors(path, state, {"step": step + 1, "seconds": seconds})
+                checkpoint.save(step=step + 1, seconds=seconds)
     finally:
         gates.detach()
         step_of.blocks.detach()
@@ -292,19 +333,8 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
     return router, seconds
 
 
-def read_command_line(arguments: list[str]) -> Pruning:
-    """`Pruning` from arguments; `--preset NAME` sets what the other arguments do not."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    preset, rest = parser.parse_known_args(arguments)
-    if preset.preset not in (None, *PRESETS):
-        raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
-    start = Pruning(**PRESETS.get(preset.preset, {}))
-    return tyro.cli(Pruning, args=rest, default=start, description=__doc__)
-
-
 def main() -> None:
-    cfg = read_command_line(sys.argv[1:])
+    cfg = read_pruning(sys.argv[1:], __doc__)
     if cfg.dry_run:
         print(plan(resolve(cfg)))
         return

@@ -10,6 +10,14 @@ from common.errors import UserError
 from common.files import read_json, remove_leftovers
 
 RUNS = Path("runs")
+NEEDED = {  # what scripts read of a run, by its file
+    "summary.json": (
+        *("target", "teacher", "resolution", "budget", "num_experts", "experts"),
+        *("macs_dense", "macs_ratio_mean", "usage_train", "usage_validation"),
+    ),
+    "config.json": ("target", "data_dir", "limit", "seed", "depth", "cache_latents"),
+    "assignments.json": ("train", "validation"),
+}
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -55,3 +63,23 @@ def claim(run: Path, settings: dict[str, Any], free: tuple[str, ...]) -> None:
         remove_leftovers(run)
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run; choose another folder with --out")
+
+
+def read_run(run: Path, *names: str) -> list[dict[str, Any]]:
+    """Some of a run's JSON files, by name: those of `NEEDED`.
+
+    Raises:
+        UserError: one is missing, is not JSON, or lacks a field.
+    """
+    found = []
+    for name in names:
+        content = read_json(run / name)
+        fields = content if isinstance(content, dict) else {}
+        lacking = [field for field in NEEDED[name] if field not in fields]
+        if lacking:
+            raise UserError(
+                f"{run / name} lacks {', '.join(lacking)}: it is not what a finished run holds; "
+                f"make the run again, or name another with --run"
+            )
+        found.append(fields)
+    return found

@@ -1,0 +1,110 @@
+"""What every number that a script takes may be: one table, by the field's name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; `low` itself only unless `above`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        floor = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+        if self.high == math.inf:
+            return floor if self.low > -math.inf else "a finite number"
+        return f"{floor}, and at most {self.high:g}"
+
+
+ANY, COUNT, POSITIVE, WEIGHT = Range(), Range(1), Range(0, above=True), Range(0)
+SHARE, NUMBER = Range(0, 1), Range(0, 2**63 - 1)
+RANGES = {
+    # pruning
+    "budget": Range(0, 1, above=True),
+    "num_experts": COUNT,
+    "warmup_steps": NUMBER,
+    "joint_steps": COUNT,
+    "batch_size": COUNT,
+    "micro_batch": COUNT,
+    "transport_rows": NUMBER,
+    "lr": POSITIVE,
+    "lr_warmup": NUMBER,
+    "lr_decay": SHARE,
+    "weight_decay": WEIGHT,
+    "lambda_distill": WEIGHT,
+    "lambda_res": WEIGHT,
+    "lambda_cont": WEIGHT,
+    "gumbel_temp": POSITIVE,
+    "contrast_temp": POSITIVE,
+    "eps": POSITIVE,
+    "sinkhorn_iterations": COUNT,
+    "open_logit": ANY,
+    "tflops": POSITIVE,
+    # fine-tuning
+    "expert": NUMBER,
+    "alpha_ddpm": WEIGHT,
+    "alpha_distill": WEIGHT,
+    "caption_dropout": SHARE,
+    # sampling and scoring
+    "num_images": COUNT,
+    "images": Range(2),
+    "steps": COUNT,
+    "guidance": WEIGHT,
+    "seeds": COUNT,
+    "finetune_steps": COUNT,
+    "text_tokens": COUNT,
+    # all
+    "resolution": Range(8),
+    "limit": COUNT,
+    "save_every": COUNT,
+    "seed": NUMBER,
+    # the pocket teacher's training and card
+    "vae_steps": COUNT,
+    "vae_batch_size": COUNT,
+    "vae_lr": POSITIVE,
+    "unet_steps": COUNT,
+    "unet_batch_size": COUNT,
+    "unet_lr": POSITIVE,
+    "noisy_share": SHARE,
+    "text_noise": WEIGHT,
+    "sentence_share": SHARE,
+    "guidance_scale": WEIGHT,
+    "vae_ema_decay": SHARE,
+    "unet_ema_decay": SHARE,
+    "latent_noise": WEIGHT,
+    "moment_weight": WEIGHT,
+    "edge_weight": WEIGHT,
+    "square_weight": WEIGHT,
+    "train_images": Range(2),
+    "validation_images": Range(2),
+    "trial_images": Range(2),
+    "guidances": WEIGHT,
+}
+
+
+def check_ranges(cfg: Any) -> None:
+    """Raises `UserError` for the first number of a configuration dataclass that cannot be.
+
+    Fields that are None are left to their defaults. A field without an entry in `RANGES` is a
+    mistake in the program: KeyError.
+    """
+    for field in fields(cfg):
+        given = getattr(cfg, field.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            allowed = RANGES[field.name]
+            if not math.isfinite(value) or value not in allowed:
+                option = f"--{field.name.replace('_', '-')}"
+                raise UserError(f"{option} {value:g} is out of range; choose {allowed}")
