@@ -4,28 +4,27 @@
     python evaluate.py --run runs/emoji-0.78 --images 500
     python evaluate.py --methods aptp,norm,sp,bksdm,random,uni-arch,dense --seeds 3
 
-A run is scored on captions of both splits: the router sends each to its expert, every picture has a
-seed of its own, and the same captions and seeds go through the unpruned teacher. The comparison
-makes one ordinary run folder a method and seed, all at the same budget, fine-tuned for as many
-steps in all, and writes the tables. Either can be killed at any moment and goes on with the same
-command: a picture that was drawn, a cell that was scored, is not made again.
+A run is scored on captions of both splits: the router sends each to its expert, every image has a
+seed of its own, and the unpruned teacher gets the same captions and seeds. The comparison makes an
+ordinary run folder for each method and seed, all at the same budget and fine-tuned for as many
+steps in all, and writes the tables. Both can be killed at any moment and continue with the same
+command: images that were generated and cells that were scored are not made again.
 
 Departures from the paper:
-- Where the paper's extractors cannot be had, distances are taken in the features of an
+- Where the paper's extractors are not available, distances are taken in the features of an
   EfficientNet-Lite0 that comes with a package; `--metrics paper` asks for the published ones.
-- Latency is measured on this machine, over the drawing of the scored pictures.
+- Latency is measured on this machine, while the scored images are generated.
 """
 
 from __future__ import annotations
 
-import csv
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 import baselines
@@ -33,26 +32,45 @@ import finetune
 import train
 from common.errors import UserError, command_line
 from common.files import read_json, replacing, write_json
+from common.randomness import batch_rows
+from common.ranges import check_ranges
 from common.runs import RUNS, as_json, claim, newest_run
 from evaluation import metrics
 from evaluation.analysis import Routed
 from evaluation.features import load_extractor
-from evaluation.figures import Sample
-from evaluation.generated import Drawn, draw
+from evaluation.generated import (
+    GeneratedImages,
+    Sampling,
+    examples,
+    generate,
+    through_each_expert,
+)
 from evaluation.report import Inputs, write_report
-from evaluation.scores import SUITES, Reconstructed, Subset, in_common, readable
-from evaluation.tables import aggregate, as_numbers, markdown
+from evaluation.scores import SUITES, Reconstructed, Subset, in_common
+from evaluation.tables import aggregate, markdown, write_tables
 from finetune import load_codes
-from macs import measure_macs
+from macs import measure_macs, retained
 from problem import load_split, prepare, write_results
-from router import PromptRouter
 from sample import APTPPipeline, read_prompts
-from settings import FREE, Finetuning, Pruning, by_target, resolve
-from targets.images import CaptionedImages, spread
+from settings import FREE, Finetuning, Pruning, resolve, resolve_finetuning
+from targets.images import spread
 
 SPLITS = ("train", "validation")
 
 SHOWN = ("a giraffe", "a slice of pizza")  # through every expert
+
+APTP: dict[str, dict[str, Any]] = {  # and the rows of Table 3
+    "aptp": {},
+    "contrastive": {"transport": False, "distill": False},
+    "transport": {"distill": False},
+}
+
+METHODS = (*APTP, *baselines.METHODS)
+
+SHARED = (  # settings of the comparison that are those of train.py
+    *("target", "teacher", "budget", "num_experts", "data_dir", "limit"),
+    *("warmup_steps", "joint_steps", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,15 +80,15 @@ class Config:
     run: Path | None = None
     """Run folder to score; the newest run if not given."""
     images: int = 250
-    """Pictures drawn of each split's captions (paper: 30,000 for COCO, 14,000 for CC3M)."""
+    """Images generated of each split's captions (paper: 30,000 for COCO, 14,000 for CC3M)."""
     steps: int = 25
     """Denoising steps (paper: 25)."""
     guidance: float | None = None
     """Classifier-free guidance; the teacher's own if not given (paper: 7.5)."""
     seed: int = 0
-    """Seed of the drawings; each has one of its own."""
+    """Seed of the generated images; each image's own seed follows from it."""
     batch_size: int = 50
-    """Pictures drawn at once."""
+    """Images generated at once."""
     metrics: str = "embedded"
     """embedded: distances in EfficientNet-Lite0's features; paper: FID, CLIP score, CMMD."""
     prompts_file: Path | None = None
@@ -106,14 +124,31 @@ class Config:
     out: Path | None = None
     """Comparison: its folder; runs/compare-<target>-<budget> if not given."""
 
+    def sampling(self) -> Sampling:
+        return Sampling(self.steps, self.guidance, self.seed, self.batch_size)
+
+
+# ---- the scores of a run ----
+
+
+def check(cfg: Config) -> None:
+    """Raises `UserError` for settings that cannot work."""
+    check_ranges(cfg)
+    if cfg.metrics not in SUITES:
+        raise UserError(f"--metrics {cfg.metrics} is unknown; choose one of: {', '.join(SUITES)}")
+    if cfg.prompts_file and cfg.metrics != "paper":
+        raise UserError(
+            f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper, or leave it"
+        )
+
 
 def score(cfg: Config, run: Path) -> dict[str, Any]:
-    """Draw and score the captions of a run, and write its report.
+    """Generate and score images of a run's captions, and write its report.
 
-    Gives what <run>/report/metrics.json then holds. Raises `UserError` for what the user can mend.
+    Returns what <run>/report/metrics.json then holds. Raises `UserError`.
     """
     check(cfg)
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device)
+    pipeline, sampling = APTPPipeline.from_pretrained(run, cfg.device), cfg.sampling()
     summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
     suite = SUITES[cfg.metrics](pipeline.teacher.device)
     method, experts = summary.get("method", "aptp"), summary["experts"]
@@ -122,13 +157,12 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     assigned = read_json(run / "assignments.json")
     for split in SPLITS:
         data = load_split(settings, split, pipeline.teacher.resolution)
-        rows = readable(data, spread(len(data), cfg.images))
+        rows = spread(len(data), cfg.images)
         real = Subset(data, rows)
-        drawn = {method: draw(pipeline, data.captions, split, rows, cfg, None)}
-        if cfg.dense and method != "dense":
-            drawn["dense"] = draw(pipeline, data.captions, split, rows, cfg, -1)
-        for name, pictures in drawn.items():
-            found.append(costs(pipeline, name, split, pictures) | suite(pictures, real))
+        made = generated(pipeline, method, data.captions, split, rows, cfg)
+        for name, images in made.items():
+            who = {"method": name, "split": split} | images.costs(pipeline.ratios)
+            found.append(who | suite(images, real))
         if cfg.dense:
             ceiling = suite(Reconstructed(pipeline.teacher, real), real)
             found.append({"method": "autoencoder", "split": split, "images": len(rows)} | ceiling)
@@ -136,163 +170,93 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
         if any(data.groups) and len(experts) > 1:
             common.append(in_common(data, assigned[split], split))
         if split == "validation":
-            samples = examples(pipeline, data, drawn[method], drawn.get("dense"))
+            ratios = pipeline.ratios
+            samples = examples(data.captions, made[method], made.get("dense"), ratios)
     if cfg.prompts_file:
         found += free_prompts(pipeline, method, cfg)
     metrics_json = {"rows": found, "nmi": common, "settings": as_json(cfg)}
+    codes = load_codes(run, pipeline.space)
+    macs = measure_macs(
+        pipeline.teacher.unet,
+        pipeline.space,
+        latent_size=pipeline.teacher.latent_size,
+        text_tokens=pipeline.teacher.text_tokens,
+    )
+    blocks, kept = retained(codes, macs)
     inputs = Inputs(
         summary,
         routed["train"],
         routed["validation"],
-        load_codes(run, pipeline.space),
-        measure_macs(
-            pipeline.teacher.unet,
-            pipeline.space,
-            latent_size=pipeline.teacher.latent_size,
-            text_tokens=pipeline.teacher.text_tokens,
-        ),
-        metrics_json,
-        samples,
-        same_prompt(pipeline, cfg, summary["target"]) if len(experts) > 1 else (),
-        cfg.without_transport,
+        (macs(codes) / macs.dense).tolist(),
+        macs.dense,
+        blocks,
+        kept.numpy(),
+        metrics=metrics_json,
+        samples=samples,
+        without_transport=cfg.without_transport,
     )
+    if len(experts) > 1:
+        style = ", flat emoji" if summary["target"] == "emoji" else ""
+        shown = [thing + style for thing in SHOWN]
+        inputs = replace(
+            inputs,
+            batch=last_batch(pipeline, settings, routed["train"].captions),
+            same_prompt=through_each_expert(pipeline, shown, sampling, pipeline.ratios),
+        )
     page = write_report(run, inputs)
     write_json(run / "report" / "metrics.json", metrics_json)  # last: the run is scored
     print(f"wrote {page}")
     return metrics_json
 
 
-def costs(pipeline: APTPPipeline, method: str, split: str, drawn: Drawn) -> dict[str, Any]:
-    """Who drew what, and what it took, per picture: MACs ratio and seconds."""
-    ratios = [1.0 if i < 0 else pipeline.ratios[i] for i in drawn.experts]
-    return {
-        "method": method,
-        "split": split,
-        "images": len(drawn),
-        "macs_ratio": sum(ratios) / len(drawn),
-        "seconds": sum(drawn.seconds) / len(drawn),
-    }
+def generated(
+    pipeline: APTPPipeline,
+    method: str,
+    captions: Sequence[str],
+    split: str,
+    rows: list[int],
+    cfg: Config,
+) -> dict[str, GeneratedImages]:
+    """Images of some captions by a run's experts and, unless switched off, by its teacher."""
+    base, sampling = pipeline.run / "report" / "images", cfg.sampling()
+    made = {method: generate(pipeline, base, captions, split, rows, sampling, None)}
+    if cfg.dense and method != "dense":
+        made["dense"] = generate(pipeline, base, captions, split, rows, sampling, -1)
+    return made
 
 
 def free_prompts(pipeline: APTPPipeline, method: str, cfg: Config) -> list[dict[str, Any]]:
     """PickScores of the prompts of a file, such as PartiPrompts' (Table 6)."""
     assert cfg.prompts_file
     extractor = load_extractor("pickscore", pipeline.teacher.device)
-    prompts, found = read_prompts(cfg.prompts_file), []
-    rows = list(range(len(prompts)))
-    for name, expert in ((method, None), ("dense", -1)):
-        if expert is None or (cfg.dense and method != "dense"):
-            drawn = draw(pipeline, prompts, "prompts", rows, cfg, expert)
-            score = metrics.pick_score(drawn, prompts, extractor)
-            found.append(costs(pipeline, name, "prompts", drawn) | {"pick_score": score})
-    return found
+    prompts = read_prompts(cfg.prompts_file)
+    made = generated(pipeline, method, prompts, "prompts", list(range(len(prompts))), cfg)
+    return [
+        {"method": name, "split": "prompts"}
+        | images.costs(pipeline.ratios)
+        | {"pick_score": metrics.pick_score(images, prompts, extractor)}
+        for name, images in made.items()
+    ]
 
 
-def examples(
-    pipeline: APTPPipeline, data: CaptionedImages, drawn: Drawn, dense: Drawn | None, most: int = 8
-) -> list[Sample]:
-    """Up to `most` drawings of each expert, beside the teacher's."""
-    count: Counter[int] = Counter()
-    found = []
-    for row, expert in zip(drawn.rows, drawn.experts, strict=True):
-        count[expert] += 1
-        if count[expert] <= most:
-            teacher = None if dense is None else dense.picture(row)
-            ratio = pipeline.ratios[expert]
-            found.append(Sample(data.captions[row], expert, ratio, drawn.picture(row), teacher))
-    return found
+@torch.no_grad()
+def last_batch(
+    pipeline: APTPPipeline, settings: dict[str, Any], captions: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """The last training batch of a run: its rows, (B,), and their experts by transport (Eq. 20).
+
+    Args:
+        settings: the run's config.json.
+        captions: of all training rows.
+    """
+    step = settings["warmup_steps"] + settings["joint_steps"] - 1
+    rows = batch_rows(len(captions), settings["batch_size"], settings["seed"], step).tolist()
+    e = pipeline.router(pipeline.encoder([captions[row] for row in rows]))  # (B, D)
+    eps, iterations = settings["eps"], settings["sinkhorn_iterations"]
+    return rows, pipeline.router.transport_assignment(e, eps, iterations).tolist()
 
 
-def same_prompt(pipeline: APTPPipeline, cfg: Config, target: str) -> list[Sample]:
-    """Two prompts through every expert and the teacher, from one seed."""
-    found = []
-    prompts = [f"{thing}, flat emoji" if target == "emoji" else thing for thing in SHOWN]
-    options: dict[str, Any] = {
-        "seeds": [cfg.seed] * len(prompts),
-        "num_inference_steps": cfg.steps,
-        "guidance_scale": cfg.guidance,
-    }
-    dense = pipeline(prompts, expert=-1, **options).images
-    for i, ratio in enumerate(pipeline.ratios):
-        images = pipeline(prompts, expert=i, **options).images
-        found += [
-            Sample(prompt, i, ratio, image, teacher)
-            for prompt, image, teacher in zip(prompts, images, dense, strict=True)
-        ]
-    return found
-
-
-def check(cfg: Config) -> None:
-    """Raises `UserError` for settings that cannot work."""
-    if cfg.metrics not in SUITES:
-        raise UserError(f"--metrics {cfg.metrics} is unknown; choose one of: {', '.join(SUITES)}")
-    if cfg.prompts_file and cfg.metrics != "paper":
-        raise UserError(
-            f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper, or leave it"
-        )
-    for name, value, least in (
-        ("images", cfg.images, 2),
-        ("steps", cfg.steps, 1),
-        ("seeds", cfg.seeds, 1),
-        ("batch-size", cfg.batch_size, 1),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value} is too small; choose {least} or more")
-
-
-def evaluate(cfg: Config) -> None:
-    """Score a run, or, with `methods`, compare several; prints what was found."""
-    check(cfg)
-    if cfg.methods is None:
-        run = cfg.run or newest_run()
-        print(markdown("Scores", aggregate(score(cfg, run)["rows"])))
-        return
-    methods = parse_methods(cfg.methods)
-    pruning = Pruning(
-        target=cfg.target,
-        teacher=cfg.teacher,
-        budget=cfg.budget,
-        num_experts=cfg.num_experts,
-        data_dir=cfg.data_dir,
-        limit=cfg.limit,
-        warmup_steps=cfg.warmup_steps,
-        joint_steps=cfg.joint_steps,
-        device=cfg.device,
-    )
-    steps = cfg.finetune_steps or by_target(cfg.target)["steps"]
-    folder = cfg.out or RUNS / f"compare-{cfg.target}-{cfg.budget:g}"
-    tuning = Finetuning(device=cfg.device)
-    alone = replace(cfg, dense=False)
-    compare(folder, methods, cfg.seeds, steps, pruning, tuning, lambda run: score(alone, run))
-    print((folder / "tables.md").read_text(encoding="utf-8"))
-
-
-def main() -> None:
-    evaluate(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    command_line(main)
-
-
-APTP: dict[str, dict[str, Any]] = {
-    "aptp": {},
-    "contrastive": {"transport": False, "distill": False},
-    "transport": {"distill": False},
-}
-
-METHODS = (*APTP, *baselines.METHODS)
-
-TABLE_3 = ("uni-arch", "contrastive", "transport", "aptp")
-
-RUN_FILES = (  # of the pruning stage
-    "config.json",
-    "router.safetensors",
-    "codes.safetensors",
-    "assignments.json",
-    "metrics.csv",
-    "summary.json",
-)
+# ---- the comparison of methods ----
 
 
 def parse_methods(text: str) -> list[str]:
@@ -312,7 +276,8 @@ def prune(method: str, cfg: Pruning) -> None:
         train.train(replace(cfg, **APTP[method]))
         return
     depth = baselines.DEPTHS.get(method, cfg.depth)
-    cfg = resolve(replace(cfg, num_experts=1, depth=depth))
+    num_experts = cfg.num_experts if method in baselines.ROUTED else 1
+    cfg = resolve(replace(cfg, num_experts=num_experts, depth=depth))
     assert cfg.out
     settings = as_json(cfg) | {"method": method}
     claim(cfg.out, settings, free=FREE)
@@ -320,112 +285,65 @@ def prune(method: str, cfg: Pruning) -> None:
         return
     problem = prepare(cfg)
     write_json(cfg.out / "config.json", settings)
-    code = baselines.METHODS[method](problem)  # (1, D)
-    router = PromptRouter(problem.z.shape[1], problem.space.size, 1)
-    write_results(cfg, problem, router, {}, codes=code, method=method)
+    router = problem.start_router()
+    codes = baselines.METHODS[method](problem, router)  # (N, D)
+    write_results(cfg, problem, router, {}, codes=codes, method=method)
 
 
 def finetuned(run: Path, method: str, steps: int, cfg: Finetuning) -> Path:
     """A copy of a pruned run whose experts are fine-tuned for `steps` steps each."""
     folder = run.with_name(f"{run.name}@{steps}")
     if not (folder / "summary.json").exists():
-        for name in RUN_FILES:  # the summary last: a folder without it is copied again
-            if (run / name).exists():
-                with replacing(folder / name) as temporary:
-                    shutil.copyfile(run / name, temporary)
+        files = [path for path in run.iterdir() if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "summary.json"):
+            with replacing(folder / path.name) as temporary:  # the summary last: it is complete
+                shutil.copyfile(path, temporary)
     if method != "dense":
         finetune.finetune(replace(cfg, run=folder, steps=steps))
     return folder
 
 
-def compare(
-    folder: Path,
-    methods: Sequence[str],
-    seeds: int,
-    steps: int,
-    pruning: Pruning,
-    tuning: Finetuning,
-    score: Callable[[Path], dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Make and score every cell that is missing; write the tables after each.
+def compare(cfg: Config) -> Path:
+    """Make and score every cell of a comparison that is missing; write the tables after each.
 
-    Args:
-        folder: of the comparison.
-        methods: of `METHODS`.
-        seeds: how many of each.
-        steps: fine-tuning steps of one of APTP's experts.
-        pruning, tuning: settings that all cells share.
-        score: scores a run folder: its metrics.json.
-
-    Returns:
-        The scores of all cells, flat dictionaries.
+    Returns the comparison's folder. Raises `UserError`.
     """
-    cells = [(method, seed) for seed in range(seeds) for method in methods]
+    methods = parse_methods(cfg.methods or "")
+    folder = cfg.out or RUNS / f"compare-{cfg.target}-{cfg.budget:g}"
+    pruning = Pruning(**{name: getattr(cfg, name) for name in SHARED})
+    tuning = Finetuning(device=cfg.device)
+    steps = cfg.finetune_steps or resolve_finetuning(tuning, cfg.target).steps
+    assert steps
+    cells = [(method, seed) for seed in range(cfg.seeds) for method in methods]
     for number, (method, seed) in enumerate(cells, start=1):
         print(f"--- cell {number} of {len(cells)}: {method}, seed {seed}", flush=True)
         run = folder / f"{method}-{seed}"
         prune(method, replace(pruning, seed=seed, out=run))
         experts = read_json(run / "summary.json")["num_experts"]
-        own = steps * pruning.num_experts // experts
+        own = steps * cfg.num_experts // experts  # as many steps in all as APTP's experts together
         done = finetuned(run, method, own, replace(tuning, seed=seed))
         if not (done / "report" / "metrics.json").exists():
-            score(done)
-        write_tables(folder)
-    return collect(folder)
+            score(replace(cfg, dense=False), done)
+        write_tables(folder, METHODS)
+    return folder
 
 
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """The scores of all cells that are there, each with its method, seed and steps."""
-    rows = []
-    for path in sorted(folder.glob("*@*/report/metrics.json")):
-        name, steps = path.parent.parent.name.rsplit("@", 1)
-        method, seed = name.rsplit("-", 1)
-        experts = read_json(path.parent.parent / "summary.json")["num_experts"]
-        for row in read_json(path)["rows"]:
-            if row["method"] == method:
-                cell = {
-                    "seed": int(seed),
-                    "steps": int(steps),
-                    "steps_in_all": int(steps) * experts,
-                }
-                rows.append(row | cell)
-    order = {method: place for place, method in enumerate(METHODS)}
-    return sorted(
-        rows, key=lambda r: (r["split"], r["steps_in_all"], order[r["method"]], r["seed"])
-    )
+# ---- command line ----
 
 
-def write_tables(folder: Path) -> None:
-    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far."""
-    rows = collect(folder)
-    lines = aggregate(rows)
-    write_json(folder / "metrics.json", {"cells": rows, "means": as_numbers(lines)})
-    pictures = [line for line in lines if line["split"] != "prompts"]
-    parts = {"Table 1: methods at one budget": pictures}
-    ablation = [line for line in pictures if line["method"] in TABLE_3]
-    if {"contrastive", "transport"} & {line["method"] for line in ablation}:
-        place = {method: k for k, method in enumerate(TABLE_3)}
-        ablation.sort(key=lambda line: (line["split"], place[line["method"]]))
-        parts["Table 3: ablation"] = ablation
-    if len({line["steps_in_all"] for line in pictures if line["method"] != "dense"}) > 1:
-        by_steps = sorted(
-            pictures, key=lambda line: (line["split"], line["method"], line["steps_in_all"])
-        )
-        parts["Table 5: by fine-tuning steps"] = by_steps
-    prompts = [line for line in lines if line["split"] == "prompts"]
-    if prompts:
-        parts["Table 6: free prompts"] = prompts
-    with replacing(folder / "tables.md") as temporary:
-        text = "\n".join(markdown(title, part) for title, part in parts.items() if part)
-        temporary.write_text(text, encoding="utf-8")
-    columns = sorted(
-        {key for line in lines for key in line}, key=lambda key: (key != "method", key)
-    )
-    with (
-        replacing(folder / "tables.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, ["table", *columns])
-        writer.writeheader()
-        for title, part in parts.items():
-            writer.writerows({"table": title.split(":")[0]} | line for line in part)
+def evaluate(cfg: Config) -> None:
+    """Score a run, or, with `methods`, compare several; prints what was found."""
+    check(cfg)
+    if cfg.methods is None:
+        found = score(cfg, cfg.run or newest_run())
+        print(markdown("Scores", aggregate(found["rows"])))
+    else:
+        print((compare(cfg) / "tables.md").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    evaluate(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    command_line(main)

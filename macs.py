@@ -22,6 +22,7 @@ Departures from the paper, and what it leaves open:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -328,3 +329,38 @@ def reopen_units(
         if 0 < cost <= reserve:
             gates[expert], prices[expert], reserve = trial, price, reserve - cost
     return gates
+
+
+# ---- what is left of each block ----
+
+
+def retained(codes: Tensor, macs: MacsModel) -> tuple[list[str], Tensor]:
+    """Share of each block's prunable MACs that each expert keeps: Figs. 11-12.
+
+    A block is a ResBlock or a Transformer. Prunable is what goes if all of its units are closed.
+
+    Args:
+        codes: gates, (N, D).
+
+    Returns:
+        Names of the blocks in the order of computation, and the shares, (blocks, N), in [0, 1]. A
+        share is 0 only where the block is removed whole.
+    """
+    blocks: dict[str, list[slice]] = {}
+    for layer in macs.space.layers:
+        inside = re.match(r".*?\.(resnets|attentions)\.\d+", layer.name)
+        blocks.setdefault(inside.group() if inside else layer.name, []).append(layer.span)
+
+    def place(name: str) -> tuple[int, int, int, bool]:
+        level, *rest = name.split(".")
+        numbers = [int(part) for part in rest if part.isdigit()]
+        stage = ("down_blocks", "mid_block", "up_blocks").index(level)
+        return stage, numbers[0] if stage != 1 else 0, numbers[-1], "attentions" in rest
+
+    names, kept = sorted(blocks, key=place), []
+    for name in names:
+        pruned, gone = torch.ones(codes.shape), torch.ones(macs.space.size)
+        for span in blocks[name]:
+            pruned[:, span], gone[span] = codes[:, span].to(pruned), 0
+        kept.append((macs(pruned) - macs(gone)) / (macs.dense - macs(gone)))  # (N,)
+    return names, torch.stack(kept)

@@ -1,4 +1,4 @@
-"""Drawing: routes prompts, groups them by expert, denoises each group at once. Eq. 22, App. E.2.
+"""Sampling: routes prompts, groups them by expert, denoises each group at once. Eq. 22, App. E.2.
 
     python sample.py "a giraffe"
     python sample.py "a giraffe" "a slice of pizza" --num-images 4
@@ -10,7 +10,7 @@ From Python:
     result = APTPPipeline.from_pretrained("runs/emoji-0.78")(["a giraffe"])
     result.images[0].save("giraffe.png")
 
-The picture of a prompt depends on the prompt and its seed, not on what else is in the batch (up to
+A prompt's image depends on the prompt and its seed, and not on the rest of the batch (up to
 rounding).
 
 Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the
@@ -26,28 +26,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from diffusers import UNet2DConditionModel
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from PIL import Image
 
 from common.errors import UserError, command_line
-from common.files import load_tensors, read_json, replacing
+from common.files import checksum, fingerprint, load_tensors, read_json
 from common.processes import pick_device
+from common.ranges import check_ranges
 from common.runs import newest_run
+from evaluation.generated import save_png
+from evaluation.grids import DPI, image_grid, label, save_figure
 from finetune import expert_path, load_codes
 from gates import ArchSpace
 from prune_unet import cut_expert, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from teacher.model import Teacher, load_teacher
 
+MOST_ROWS, MOST_PIXELS = 400, 60_000  # of a comparison; matplotlib writes up to 2^16 pixels
+
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the pipeline drew.
-
-    For each image its prompt, expert (-1: the teacher), MACs ratio and seconds.
-    """
+    """Images, and for each one its prompt, expert (-1: the teacher), MACs ratio and seconds."""
 
     images: list[Image.Image]
     prompts: list[str]
@@ -63,18 +65,12 @@ class APTPPipeline:
         self,
         run: Path,
         teacher: Teacher,
-        router: PromptRouter | None,
-        encoder: PromptEncoder | None,
+        router: PromptRouter,
+        encoder: PromptEncoder,
         ratios: list[float],
     ) -> None:
-        """Without router and encoder, every call has to say which expert is to draw."""
-        self.run, self.teacher, self.router, self.encoder, self.ratios = (
-            run,
-            teacher,
-            router,
-            encoder,
-            ratios,
-        )
+        self.run, self.teacher, self.ratios = run, teacher, ratios
+        self.router, self.encoder = router, encoder
         self.experts: dict[int, UNet2DConditionModel] = {-1: teacher.unet}
 
     @classmethod
@@ -97,7 +93,7 @@ class APTPPipeline:
         tensors, settings = load_tensors(run / "router.safetensors")
         encoder = PromptEncoder(settings.pop("prompt_encoder"), where)
         router = PromptRouter(**settings)
-        router.load_state_dict(tensors)
+        router.load(tensors)
         pipeline = cls(
             run,
             teacher,
@@ -105,7 +101,9 @@ class APTPPipeline:
             encoder,
             [expert["macs_ratio"] for expert in summary["experts"]],
         )
-        load_codes(run, pipeline.space)  # refuses another teacher's run before anything is drawn
+        load_codes(
+            run, pipeline.space
+        )  # refuses another teacher's run before it generates anything
         return pipeline
 
     @property
@@ -134,12 +132,26 @@ class APTPPipeline:
                 )
         return self.experts[expert]
 
+    def identity(self, expert: int | None) -> list[str]:
+        """Checksums of all that an image of a prompt depends on.
+
+        Args:
+            expert: -1 for the teacher, None for the router's choice.
+        """
+        pipe, files = self.teacher.pipe, []
+        if expert != -1:
+            files = [self.run / "router.safetensors", self.run / "codes.safetensors"]
+            files += [expert_path(self.run, i) for i in range(len(self.ratios))]
+        parts = (self.teacher.unet, pipe.vae, pipe.text_encoder)
+        return [
+            *(fingerprint(part.state_dict(), {}) for part in parts),
+            *(checksum(path) or "absent" for path in files),
+        ]
+
     def route(self, prompts: Sequence[str]) -> list[int]:
         """The expert of each prompt (Eq. 22)."""
-        assert self.router and self.encoder
         return self.router.route(prompts, self.encoder).tolist()
 
-    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[str],
@@ -150,7 +162,7 @@ class APTPPipeline:
         guidance_scale: float | None = None,
         batch_size: int = 64,
     ) -> Sampled:
-        """Draw one image a prompt.
+        """Generate one image a prompt.
 
         Args:
             prompts: P prompts, none empty.
@@ -158,7 +170,7 @@ class APTPPipeline:
             expert: force one expert; -1 is the unpruned teacher; None asks the router.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
-            batch_size: most images denoised at once.
+            batch_size: the largest number of images denoised at once.
 
         Raises:
             UserError: a prompt is empty or too long, or the expert does not exist.
@@ -178,38 +190,30 @@ class APTPPipeline:
             group = [row for row, value in enumerate(experts) if value == chosen]
             for start in range(0, len(group), batch_size):
                 rows = group[start : start + batch_size]
-                self.teacher.pipe.unet = self.unet(chosen)
-                clock = time.time()
-                try:
-                    drawn = self.teacher.pipe(
-                        [prompts[row] for row in rows],
-                        height=self.teacher.resolution,
-                        width=self.teacher.resolution,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=self.teacher.guidance_scale
-                        if guidance_scale is None
-                        else guidance_scale,
-                        generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
-                    ).images
-                finally:
-                    self.teacher.pipe.unet = self.experts[-1]
-                images |= dict(zip(rows, drawn, strict=True))
+                unet, clock = self.unet(chosen), time.time()
+                generated = self.teacher.generate(
+                    [prompts[row] for row in rows],
+                    [seeds[row] for row in rows],
+                    num_inference_steps,
+                    guidance_scale,
+                    unet,
+                )
+                images |= dict(zip(rows, generated, strict=True))
                 seconds |= dict.fromkeys(rows, (time.time() - clock) / len(rows))
         order = range(len(prompts))
-        ratios = [1.0 if i < 0 else self.ratios[i] for i in experts]
         return Sampled(
             [images[row] for row in order],
             list(prompts),
             experts,
-            ratios,
+            [1.0 if i < 0 else self.ratios[i] for i in experts],
             [seconds[row] for row in order],
         )
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises `UserError` for a prompt that cannot be drawn."""
+    """Raises `UserError` for a prompt that is empty or too long."""
     if not prompt.strip():
-        raise UserError('a prompt is empty; write what to draw, such as "a giraffe"')
+        raise UserError('a prompt is empty; write what to generate, such as "a giraffe"')
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"a prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
@@ -231,38 +235,32 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def comparison(left: Sampled, right: Sampled, zoom: int = 2) -> Image.Image:
-    """One picture: a row a prompt, with the prompt, the teacher's drawing and the expert's."""
-    size = left.images[0].width * zoom
-    text, head = 260, 24
-    canvas = Image.new(
-        "RGB", (text + 2 * (size + 8), head + len(left.images) * (size + 8)), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(("teacher", "routed expert")):
-        draw.text((text + column * (size + 8), 6), title, fill="black")
-    for row, prompt in enumerate(left.prompts):
-        top = head + row * (size + 8)
-        draw.text((6, top + size // 2 - 14), prompt[:42], fill="black")
-        draw.text(
-            (6, top + size // 2 + 2),
-            f"expert {right.experts[row]}, {right.macs_ratios[row]:.2f} of the MACs",
-            fill="gray",
+def comparison(teacher: Sampled, routed: Sampled) -> Figure:
+    """A row a prompt: the prompt, the teacher's image and the expert's. 400 rows at most."""
+    rows = [
+        (
+            f"{label(prompt, 17, 4)}\nexpert {i}\n{ratio:.2f} of the MACs",
+            [((left, right), "")],
         )
-        for column, image in enumerate((left.images[row], right.images[row])):
-            canvas.paste(
-                image.resize((size, size), Image.Resampling.LANCZOS),
-                (text + column * (size + 8), top),
-            )
-    return canvas
+        for prompt, i, ratio, left, right in zip(
+            routed.prompts,
+            routed.experts,
+            routed.macs_ratios,
+            teacher.images,
+            routed.images,
+            strict=True,
+        )
+    ][:MOST_ROWS]
+    side = min(max(128, teacher.images[0].width), MOST_PIXELS // len(rows))
+    return image_grid(rows, ("teacher", "routed expert"), side / DPI)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Drawing with a pruned model."""
+    """Sampling from a pruned model."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """What to draw."""
+    """What to generate."""
     prompts_file: Path | None = None
     """A file of prompts, one a line."""
     run: Path | None = None
@@ -278,11 +276,11 @@ class Config:
     guidance: float | None = None
     """Classifier-free guidance; the teacher's own if not given (paper: 7.5)."""
     expert: int | None = None
-    """Draw with this expert, whatever the router says."""
+    """Use this expert, whatever the router says."""
     teacher_only: bool = False
-    """Draw with the unpruned model."""
+    """Use the unpruned model."""
     compare: bool = False
-    """Also draw with the unpruned model, and write both side by side to <out>/comparison.png."""
+    """Also use the unpruned model, and write both side by side to <out>/comparison.png."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
@@ -296,28 +294,19 @@ def file_name(prompt: str, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'prompt'}-{seed}.png"
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
 def sample(cfg: Config) -> Sampled:
-    """Draw what `cfg` asks for, write the files and print a line for each.
+    """Generate what `cfg` asks for, write the files, and print a line for each.
 
     Raises `UserError` for what the user can mend.
     """
+    check_ranges(cfg)
     prompts = [*cfg.prompts, *(read_prompts(cfg.prompts_file) if cfg.prompts_file else [])]
     if not prompts:
         raise UserError('no prompt was given; try: python sample.py "a giraffe"')
     for prompt in prompts:
         check_prompt(prompt)
-    for name, value in (("num-images", cfg.num_images), ("steps", cfg.steps)):
-        if value < 1:
-            raise UserError(f"--{name} {value} is too small; choose 1 or more")
     if cfg.expert is not None and cfg.teacher_only:
         raise UserError("--expert and --teacher-only exclude each other; give one of them")
-    if cfg.expert is not None and cfg.expert < 0:
-        raise UserError(f"--expert {cfg.expert} does not exist; experts are numbered from 0")
     run = cfg.run or newest_run()
     pipeline = APTPPipeline.from_pretrained(
         run, cfg.device, precision=cfg.precision, resolution=cfg.resolution
@@ -329,10 +318,10 @@ def sample(cfg: Config) -> Sampled:
         "num_inference_steps": cfg.steps,
         "guidance_scale": cfg.guidance,
     }
-    drawn = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
+    sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
     out = cfg.out or run / "samples"
     for (prompt, seed), image, expert, ratio, seconds in zip(
-        rows, drawn.images, drawn.experts, drawn.macs_ratios, drawn.seconds, strict=True
+        rows, sampled.images, sampled.experts, sampled.macs_ratios, sampled.seconds, strict=True
     ):
         path = out / file_name(prompt, seed)
         save_png(image, path)
@@ -343,9 +332,10 @@ def sample(cfg: Config) -> Sampled:
         )
         print(f"{path}  {who}  MACs ratio {ratio:.3f}  {seconds:.2f} s")
     if cfg.compare:
-        save_png(comparison(pipeline(names, expert=-1, **options), drawn), out / "comparison.png")
+        teacher = pipeline(names, expert=-1, **options)
+        save_figure(comparison(teacher, sampled), out / "comparison.png")
         print(out / "comparison.png")
-    return drawn
+    return sampled
 
 
 def main() -> None:

@@ -2,15 +2,10 @@
 
 | figure or table of the paper | name here |
 |---|---|
-| Tables 2, 4: frequent words per expert | `words_table` , `frequent_words` |
+| Tables 2, 4: frequent words per expert | `words_table`, `frequent_words` |
 | Fig. 8: losses | `read_log` |
-| Fig. 9: assignment of a batch | `last_batch` |
-| Fig. 10: samples per expert | `shares`, `perplexity` |
-| Figs. 11-12: retained MACs per block | `retained` |
+| Fig. 10: prompts per expert | `shares`, `perplexity` |
 | - : MACs ratio by group of prompts | `group_costs` |
-
-Departures from the paper: Figs. 11-12 show each block's share of *prunable* MACs: what no code can
-change (a ResBlock's shortcut, a Transformer's projections) would hide how hard a block was pruned.
 """
 
 from __future__ import annotations
@@ -25,17 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common.errors import UserError
-from common.files import load_tensors, read_json
-from common.randomness import batch_rows
-from macs import MacsModel
-from router import PromptEncoder, PromptRouter
+
+OLD_COLUMNS = {"usage": "perplexity"}  # names in the metrics.csv of older runs
 
 
-def clip(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """`text` on one line, without what cannot be printed, of at most `most` characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
@@ -44,12 +35,12 @@ def clip(text: str, most: int) -> str:
 def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
     """The most frequent of the words that are over twice as common here as in the target.
 
-    Words of three letters or more; words equally frequent stand in the alphabet's order.
+    Words have three letters or more. Equally frequent words are in alphabetical order.
 
     Args:
         captions: of the expert; they are among `everything`.
         everything: the target's captions.
-        count: most words to give.
+        count: the largest number of words to return.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -87,7 +78,10 @@ def shares(experts: Sequence[int], num_experts: int) -> np.ndarray:
 
 
 def perplexity(share: np.ndarray) -> float:
-    """How many experts, used evenly, would be as diverse: exp of the shares' entropy."""
+    """Assignment perplexity: the exponential of the entropy of the shares (N,).
+
+    It is N for an even assignment, and 1 where one expert gets all prompts.
+    """
     used = share[share > 0]
     return float(np.exp(-(used * np.log(used)).sum()))
 
@@ -98,20 +92,20 @@ def words_table(train: Routed, validation: Routed, ratios: Sequence[float]) -> l
     Args:
         ratios: MACs ratio of each expert, (N,).
     """
-    usage = {"training": shares(train.experts, len(ratios))}
-    usage["validation"] = shares(validation.experts, len(ratios))
+    splits = {"training": train, "validation": validation}
+    parts = {name: shares(routed.experts, len(ratios)) for name, routed in splits.items()}
     rows = []
     for i in expert_order(ratios):
         captions = [c for c, e in zip(train.captions, train.experts, strict=True) if e == i]
-        words = [clip(word, 30) for word in frequent_words(captions, train.captions)]
+        words = [shorten(word, 30) for word in frequent_words(captions, train.captions)]
         examples = [captions[len(captions) * k // 4] for k in (1, 3)] if captions else []
         rows.append(
             {
                 "expert": i,
                 "MACs ratio": f"{ratios[i]:.3f}",
-                **{f"of {split}": f"{share[i]:.1%}" for split, share in usage.items()},
+                **{f"of {split}": f"{share[i]:.1%}" for split, share in parts.items()},
                 "frequent words": ", ".join(words),
-                "two of its prompts": " / ".join(clip(c, 60) for c in dict.fromkeys(examples)),
+                "two of its prompts": " / ".join(shorten(c, 60) for c in dict.fromkeys(examples)),
             }
         )
     return rows
@@ -127,7 +121,7 @@ class GroupCost(NamedTuple):
 
 
 def group_costs(routed: Routed, ratios: Sequence[float]) -> list[GroupCost]:
-    """The groups, from the most MACs to the fewest: which prompts does the router find hard?"""
+    """The groups from the most MACs to the fewest: which prompts the router treats as hard."""
     costs = np.asarray(ratios)[np.asarray(routed.experts, int)]  # (rows,)
     groups = np.asarray(routed.groups, object)
     rows = []
@@ -138,63 +132,19 @@ def group_costs(routed: Routed, ratios: Sequence[float]) -> list[GroupCost]:
     return sorted(rows, key=lambda row: -row.mean)
 
 
-def retained(codes: Tensor, macs: MacsModel) -> tuple[list[str], np.ndarray]:
-    """Share of each block's prunable MACs that each expert keeps.
-
-    A block is a ResBlock or a Transformer; prunable is what goes if all of its units are closed.
-
-    Args:
-        codes: gates, (N, D).
-
-    Returns:
-        Names of the blocks in the order of computation, and the shares, (blocks, N), in [0, 1]. A
-        block has 0 where it is removed whole, and only there.
-    """
-    blocks: dict[str, list[slice]] = {}
-    for layer in macs.space.layers:
-        inside = re.match(r".*?\.(resnets|attentions)\.\d+", layer.name)
-        blocks.setdefault(inside.group() if inside else layer.name, []).append(layer.span)
-
-    def place(name: str) -> tuple[int, int, int, bool]:
-        level, *rest = name.split(".")
-        numbers = [int(part) for part in rest if part.isdigit()]
-        stage = ("down_blocks", "mid_block", "up_blocks").index(level)
-        return stage, numbers[0] if stage != 1 else 0, numbers[-1], "attentions" in rest
-
-    names = sorted(blocks, key=place)
-    kept = np.empty((len(names), len(codes)))
-    for row, name in enumerate(names):
-        pruned, gone = torch.ones(codes.shape), torch.ones(macs.space.size)
-        for span in blocks[name]:
-            pruned[:, span], gone[span] = codes[:, span].to(pruned), 0
-        kept[row] = (macs(pruned) - macs(gone)) / (macs.dense - macs(gone))
-    return names, kept
-
-
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """A metrics.csv as column -> values, (steps,). Raises `UserError` where it holds none."""
+    """A metrics.csv as column -> values, (steps,). Raises `UserError` where it holds none.
+
+    Columns of older runs get their present names.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+        return {
+            OLD_COLUMNS.get(name, name): np.array([float(row[name]) for row in rows])
+            for name in rows[0]
+        }
     except (OSError, IndexError, TypeError, ValueError):
         raise UserError(
             f"{path} is missing, empty or damaged: name the folder of a finished run"
         ) from None
-
-
-def last_batch(run: Path, captions: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The last training batch of a run: its rows, (B,), and their experts by transport (Eq. 20).
-
-    Args:
-        captions: of all training rows.
-    """
-    config = read_json(run / "config.json")
-    step = config["warmup_steps"] + config["joint_steps"] - 1
-    rows = batch_rows(len(captions), config["batch_size"], config["seed"], step).tolist()
-    tensors, settings = load_tensors(run / "router.safetensors")
-    encoder = PromptEncoder(settings.pop("prompt_encoder"))
-    router = PromptRouter(**settings)
-    router.load_state_dict(tensors)
-    e = router(encoder([captions[row] for row in rows]))
-    return rows, router.transport(e, config["eps"], config["sinkhorn_iterations"]).tolist()

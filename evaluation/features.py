@@ -1,4 +1,4 @@
-"""What the metrics look through: networks that turn pictures into features. Sec. 4, App. E.3.
+"""Networks that turn images into the features that the metrics compare: Sec. 4, App. E.3.
 
 | name | network and weights | reads | features | for |
 |---|---|---|---|---|
@@ -9,16 +9,16 @@
 | clip-vit-l-14-336 | OpenAI's CLIP ViT-L/14 at 336 px, by transformers | 336 px | 768 | CMMD |
 | pickscore | PickScore v1 (a CLIP ViT-H/14), by transformers | 224 px | 1024 | PickScore |
 
-An extractor is anything that takes images (B, 3, H, W), uint8 or floats in [-1, 1], and gives their
-features (B, d); `load_extractor` makes those of the table. All but the first need weights that no
-package carries. Real and generated images take one way: a square from the centre, then `resize`.
-FID alone resizes as clean-fid does, since that is all that its modes differ in beside the file of
-the weights; mode `clean` is the same filter.
+An extractor takes images (B, 3, H, W), uint8 or floats in [-1, 1], and returns their features
+(B, d); `load_extractor` makes those of the table. All but the first need weights that no package
+carries. Real and generated images are treated alike: a square from the centre, then `resize`. FID
+alone resizes as clean-fid does: its modes differ in that and in the file of the weights; mode
+`clean` is the same filter as `resize`.
 
-EfficientNet-Lite0 reads 128 px instead of its 224, for a quarter of the time. Of 154 drawings by
-the pocket teacher 13 to 14 % were nearest to the right one of about 150 emoji at 128, 160 and
-224 px, and 10 % at 96; give or take 3. It gets ImageNet's normalisation, as its package says; the
-weights were trained on (x - 127) / 128, which did no better here (7 to 10 %).
+EfficientNet-Lite0 reads 128 px instead of its 224, for a quarter of the time. Of 154 images by the
+pocket teacher 13 to 14 % were nearest to the right one of about 150 emoji at 128, 160 and 224 px,
+and 10 % at 96; give or take 3. It gets ImageNet's normalisation, as its package says; the weights
+were trained on (x - 127) / 128, which did no better here (7 to 10 %).
 """
 
 from __future__ import annotations
@@ -42,29 +42,24 @@ from common.cache import cache_folder
 from common.errors import UserError
 
 LITE0_SIZE = 128
-
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of RGB
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 OPEN_CLIP_B32 = "ViT-B-32-quickgelu"  # the activation that OpenAI's weights were trained with
-
 CLIP_L14 = "openai/clip-vit-large-patch14-336"
-
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-
 PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
-
-PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-# ---- pictures ----
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Rows(Protocol):
-    """Pictures that are read when asked for, such as `data.CaptionedImages` or `Pictures`."""
+# ---- images ----
+
+
+class ImageRows(Protocol):
+    """Images that are read when asked for, such as `CaptionedImages` or `ImageFiles`."""
 
     def __len__(self) -> int: ...
 
@@ -72,8 +67,8 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Picture files of one size."""
+class ImageFiles:
+    """Image files of one size."""
 
     files: Sequence[Path]
 
@@ -81,10 +76,9 @@ class Pictures:
         return len(self.files)
 
     def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """The pictures at `rows`, (B, 3, H, W), float32 in [-1, 1].
+        """The images at `rows`, (B, 3, H, W), float32 in [-1, 1].
 
-        Raises:
-            UserError: one cannot be read, or they differ in size.
+        Raises `UserError` where one cannot be read, or they differ in size.
         """
         pixels = []
         for path in (self.files[int(row)] for row in rows):
@@ -92,18 +86,18 @@ class Pictures:
                 with Image.open(path) as image:
                     pixels.append(np.asarray(image.convert("RGB")))
             except OSError as error:
-                raise UserError(f"{path} is no readable picture ({error}); replace it") from None
+                raise UserError(f"{path} is no readable image ({error}); replace it") from None
             if pixels[-1].shape != pixels[0].shape:
-                raise UserError(f"{path} is not of its neighbours' size; give pictures of one size")
+                raise UserError(f"{path} is not of its neighbours' size; give images of one size")
         return to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
 
 
-def picture_folder(folder: Path) -> Pictures:
-    """A folder's pictures by name. Raises `UserError` where there are none."""
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_FILES)
+def image_folder(folder: Path) -> ImageFiles:
+    """A folder's images by name. Raises `UserError` where there are none."""
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise UserError(f"{folder} holds no picture; give a folder of {', '.join(PICTURE_FILES)}")
-    return Pictures(files)
+        raise UserError(f"{folder} holds no image; give a folder of {', '.join(IMAGE_SUFFIXES)}")
+    return ImageFiles(files)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -112,7 +106,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 or floats in [-1, 1] to uint8, as a picture file holds it."""
+    """uint8 or floats in [-1, 1] to uint8, as an image file holds it."""
     return ((to_float(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -159,13 +153,13 @@ class Extractor:
 
 
 def extract(
-    extractor: Callable[[Tensor], Tensor], images: Tensor | Rows, batch: int = 64
+    extractor: Callable[[Tensor], Tensor], images: Tensor | ImageRows, batch: int = 64
 ) -> Tensor:
     """Features of n images, (n, d), at most `batch` images in memory at once.
 
     Args:
         extractor: images (B, 3, H, W) to features (B, d).
-        images: (n, 3, H, W), or pictures that are read by row.
+        images: (n, 3, H, W), or images that are read by row.
 
     Raises:
         ValueError: there are no images.
@@ -206,7 +200,7 @@ def lite0(device: torch.device, weights: Path | None) -> Extractor:
 
 
 def inception(device: torch.device, weights: Path | None) -> Extractor:
-    """clean-fid's network of mode `clean`; its file is fetched to the cache where it is missing."""
+    """clean-fid's network of mode `clean`; its file is downloaded to the cache if missing."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     folder = cache_folder() / "weights"
@@ -233,12 +227,12 @@ def fid_resize(mode: str) -> Callable[[Tensor], Tensor]:
     """The `prepare` of FID: images to (B, 3, 299, 299) in [0, 255] by clean-fid's own resizing."""
     from cleanfid.resize import build_resizer
 
-    with warnings.catch_warnings():  # clean-fid would switch off everybody's
+    with warnings.catch_warnings():  # clean-fid switches off those of all libraries
         resizer = build_resizer(mode)
 
     def prepare(images: Tensor) -> Tensor:
         pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        resized = np.stack([resizer(picture) for picture in pixels])  # (B, 299, 299, 3)
+        resized = np.stack([resizer(image) for image in pixels])  # (B, 299, 299, 3)
         return torch.from_numpy(resized).permute(0, 3, 1, 2).to(images.device)
 
     return prepare
@@ -277,7 +271,7 @@ def transformers_clip(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_place)
     most = model.config.text_config.max_position_embeddings
 
-    # the parts one by one: what get_image_features gives differs between transformers 4 and 5
+    # the parts one by one: get_image_features returns different things in transformers 4 and 5
     def network(images: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
 
@@ -320,7 +314,7 @@ WHERE = {  # what an extractor needs, and where it can be put by hand
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' warnings and logs, which would bury the one line of a failure."""
+    """Silence the libraries' warnings and logs, which would hide the one line of a failure."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -4,24 +4,23 @@
 |---|---|
 | Fig. 8: losses with and without transport | `loss_curves` |
 | Fig. 9: assignment of a batch | `assignment_map` |
-| Fig. 10: samples per expert | `usage_bars` |
+| Fig. 10: prompts per expert | `share_bars` |
 | Figs. 11-12: retained MACs per block | `retained_heatmap` |
 | Figs. 13-14: samples per expert | `sample_grid` |
 | - : one prompt through every expert | `through_every_expert` |
 | - : MACs ratio by group of prompts | `difficulty` |
 
 Experts keep the run's numbers and stand in the order of their MACs ratio; darker is more MACs. A
-figure function takes data (`analysis.py`) and gives a matplotlib `Figure`; `report.py` puts them on
-one page.
+figure function takes data (`analysis.py`) and returns a matplotlib `Figure`; `report.py` puts them
+on one page.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -30,32 +29,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from matplotlib.transforms import Bbox, TransformedBbox
-from PIL import Image, ImageOps
+from PIL import Image
 
-from evaluation.analysis import Routed, clip, expert_order, group_costs, shares
+from evaluation.analysis import Routed, expert_order, group_costs, shares
+from evaluation.generated import Example
+from evaluation.grids import image_grid, label
 
 COLOURS = matplotlib.colormaps["cividis_r"]  # even steps, also to the colour-blind; dark is much
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # of Okabe and Ito
-
-DPI = 130
-
-
-class Sample(NamedTuple):
-    """One drawing by an expert, and the teacher's of the same prompt and seed if there is one."""
-
-    prompt: str
-    expert: int
-    macs_ratio: float
-    image: Image.Image
-    teacher: Image.Image | None = None
-
-
-def label(text: str, width: int, lines: int) -> str:
-    """Text from the data for a figure: wrapped, cut off, and with no dollar read as mathematics."""
-    wrapped = textwrap.wrap(clip(text, width * lines), width, max_lines=lines, placeholder="…")
-    return "\n".join(wrapped).replace("$", r"\$")
 
 
 def sheet(width: float, height: float, **grid: Any) -> tuple[Figure, np.ndarray]:
@@ -75,12 +57,12 @@ def scale_of(ratios: Sequence[float]) -> Normalize:
 
 
 def ink_on(rgba: Any) -> str:
-    """Black or white, whichever is read more easily on a colour."""
+    """Black or white, whichever is easier to read on a colour."""
     return "black" if np.dot(rgba[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
 
 def expert_ticks(ax: Axes, ratios: Sequence[float]) -> list[int]:
-    """Put the experts, in their order, on the x axis; gives that order."""
+    """Put the experts on the x axis, from the fewest MACs to the most; returns that order."""
     order = expert_order(ratios)
     ax.set_xticks(range(len(order)), [f"{i}\n{ratios[i]:.3f}" for i in order])
     ax.set_xlabel("expert, and its MACs ratio")
@@ -93,7 +75,7 @@ CURVES = {
     "macs_ratio": "mean MACs ratio of a batch",
     "denoising": "denoising loss",
     "distillation": "distillation loss",
-    "usage": "experts in use (perplexity)",
+    "perplexity": "assignment perplexity",
 }
 
 
@@ -124,7 +106,7 @@ def loss_curves(
         for (run, log), (colour, style) in zip(logs.items(), styles, strict=False):
             for warmup in (True, False):
                 phase = (log["step"] < warmup_steps) == warmup
-                if name not in log or not phase.any() or (warmup and name == "usage"):
+                if name not in log or not phase.any() or (warmup and name == "perplexity"):
                     continue  # in the warm-up every prompt has an architecture of its own
                 x, y = log["step"][phase], log[name][phase]
                 ax.plot(x, y, color=colour, alpha=0.3, lw=0.8)
@@ -170,7 +152,7 @@ def assignment_map(panels: Sequence[tuple[str, Sequence[int], Sequence[float]]])
     return fig
 
 
-def usage_bars(train: Sequence[int], validation: Sequence[int], ratios: Sequence[float]) -> Figure:
+def share_bars(train: Sequence[int], validation: Sequence[int], ratios: Sequence[float]) -> Figure:
     """Fig. 10: the share of prompts that each expert gets.
 
     Args:
@@ -212,7 +194,8 @@ def retained_heatmap(blocks: Sequence[str], kept: np.ndarray, ratios: Sequence[f
     """Figs. 11-12: the U-Net from input (top) to output, and what each expert keeps of a block.
 
     Args:
-        blocks, kept: as `retained` gives them.
+        blocks: their names, in the order of computation.
+        kept: the share of each block's prunable MACs that each expert keeps, (blocks, N).
         ratios: MACs ratio of each expert, (N,).
     """
     fig, axes = sheet(3.4 + 0.62 * len(ratios), 1.2 + 0.25 * len(blocks))
@@ -268,79 +251,35 @@ def difficulty(splits: Mapping[str, Routed], ratios: Sequence[float], most: int 
     return fig
 
 
-SIDE, TEXT = 0.95, 0.42  # inches, of a picture and of the words under it
-
-
-def picture_grid(
-    rows: Sequence[tuple[str, Sequence[tuple[Sequence[Image.Image], str]]]],
-    heads: Sequence[str] = (),
-) -> Figure:
-    """Rows of pictures, all of one size, with words beside and below.
+def sample_grid(samples: Sequence[Example], images: int = 8) -> Figure:
+    """Figs. 13-14: a row an expert, each image with the teacher's beside it where there is one.
 
     Args:
-        rows: each a label and its cells; a cell is some pictures side by side and what to write
-            under them.
-        heads: what to write over each column of pictures.
-    """
-    wide = max((len(pictures) for _, cells in rows for pictures, _ in cells), default=1)
-    columns = max((len(cells) for _, cells in rows), default=1)
-    below = TEXT if any(text for _, cells in rows for _, text in cells) else 0.08
-    left, top, step = 1.45, 0.45 if heads else 0.1, wide * SIDE + 0.14
-    width, height = left + columns * step, top + len(rows) * (SIDE + below)
-    fig = Figure((width, max(height, 1)))
-    ax = fig.add_axes((0, 0, 1, 1))
-    for row, (name, cells) in enumerate(rows):
-        y = top + row * (SIDE + below)
-        ax.text(0.08, y + SIDE / 2, name, va="center", fontsize=8.5)
-        for column, (pictures, text) in enumerate(cells):
-            x = left + column * step
-            for k, picture in enumerate(pictures):
-                pixels = ImageOps.pad(picture.convert("RGB"), (160, 160), color="white")
-                place = (x + k * SIDE, x + (k + 1) * SIDE - 0.03, y + SIDE - 0.03, y)
-                ax.imshow(pixels, extent=place)
-            words = ax.text(x, y + SIDE, label(text, 16 * wide, 2), va="top", fontsize=7.5)
-            own = Bbox.from_extents(x, y + SIDE, x + wide * SIDE, y + SIDE + below)
-            words.set_clip_box(TransformedBbox(own, ax.transData))  # wide letters may not fit
-            words.set_clip_on(True)
-    for k, head in enumerate(heads):
-        x = left + k // wide * step + (k % wide + 0.5) * SIDE
-        ax.text(x, top - 0.06, head, ha="center", va="bottom", fontsize=8)
-    ax.set(xlim=(0, width), ylim=(max(height, 1), 0), aspect="auto")
-    ax.axis("off")
-    return fig
-
-
-def sample_grid(samples: Sequence[Sample], pictures: int = 8) -> Figure:
-    """Figs. 13-14: a row an expert, each drawing with the teacher's beside it where there is one.
-
-    Args:
-        pictures: most pictures in a row, the teacher's counted.
+        images: the largest number of images in a row, the teacher's counted.
     """
     wide = 2 if any(sample.teacher for sample in samples) else 1
-    by_expert: dict[tuple[float, int], list[Sample]] = {}
+    by_expert: dict[tuple[float, int], list[Example]] = {}
     for sample in samples:
         by_expert.setdefault((sample.macs_ratio, sample.expert), []).append(sample)
     rows = []
     for (ratio, i), own in sorted(by_expert.items()):
-        cells = [
-            ([p for p in (s.image, s.teacher) if p], s.prompt) for s in own[: pictures // wide]
-        ]
+        cells = [([p for p in (s.image, s.teacher) if p], s.prompt) for s in own[: images // wide]]
         rows.append((f"expert {i}\n{ratio:.3f} of the MACs", cells))
     columns = max((len(cells) for _, cells in rows), default=0)
-    return picture_grid(rows, ("expert", "teacher") * columns if wide == 2 else ())
+    return image_grid(rows, ("expert", "teacher") * columns if wide == 2 else ())
 
 
-def through_every_expert(samples: Sequence[Sample]) -> Figure:
+def through_every_expert(samples: Sequence[Example]) -> Figure:
     """One prompt and one noise through all experts: a row a prompt, a column an expert."""
     experts = sorted({(sample.macs_ratio, sample.expert) for sample in samples})
     blank = Image.new("RGB", (8, 8), "white")
     rows = []
     teacher = any(sample.teacher for sample in samples)
     for prompt in dict.fromkeys(sample.prompt for sample in samples):
-        drawn = {sample.expert: sample for sample in samples if sample.prompt == prompt}
-        images = [drawn[i].image if i in drawn else blank for _, i in experts]
+        own = {sample.expert: sample for sample in samples if sample.prompt == prompt}
+        images = [own[i].image if i in own else blank for _, i in experts]
         if teacher:
-            images.append(next((s.teacher for s in drawn.values() if s.teacher), blank))
+            images.append(next((s.teacher for s in own.values() if s.teacher), blank))
         rows.append((label(prompt, 17, 5), [([image], "") for image in images]))
     heads = [f"expert {i}\n{ratio:.3f}" for ratio, i in experts] + ["teacher\n1"] * teacher
-    return picture_grid(rows, heads)
+    return image_grid(rows, heads)

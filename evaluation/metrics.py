@@ -1,34 +1,34 @@
-"""How good pictures are: the metrics of Sec. 4 and App. E.3, and stand-ins that need no download.
+"""How good images are: the metrics of Sec. 4 and App. E.3, and stand-ins that need no download.
 
-| function | what it says | source |
+| function | what it measures | source |
 |---|---|---|
 | `fid` | distance of generated from real images, Inception's features | Heusel et al. 2017 |
-| `clip_score` | whether a picture shows its caption | Hessel et al. 2021 |
+| `clip_score` | whether an image shows its caption | Hessel et al. 2021 |
 | `cmmd` | distance of generated from real images, CLIP's features | Jayasumana et al. 2024 |
 | `pick_score` | what people would prefer | Kirstain et al. 2023 |
 | `frechet_distance`, `mmd` | the distances in FID and CMMD, of any features | as above |
-| `r_precision` | whether a picture looks like the one that was asked for | Xu et al. 2018 |
-| `nmi`, `shuffled_nmi` | what two labelings have in common, and what chance would | scikit-learn |
-| `style_classifier` | which style a picture has | - |
+| `r_precision` | whether an image looks like its caption's own image | Xu et al. 2018 |
+| `nmi`, `shuffled_nmi` | what two labelings share, and the same by chance | scikit-learn |
+| `style_classifier` | which style an image has | - |
 
-An extractor (`features.py`) is an argument everywhere. Features of one set serve several metrics:
+Each metric is given its extractor (`features.py`). Features of one set serve several metrics:
 
-    real, drawn = extract(extractor, real_images), extract(extractor, drawn_images)
-    frechet_distance(real, drawn), mmd(unit(real), unit(drawn), EMBEDDED_SIGMA)
+    a, b = extract(extractor, real_images), extract(extractor, generated_images)
+    frechet_distance(a, b), mmd(unit(a), unit(b), EMBEDDED_SIGMA)
 
 Both distances grow as sets shrink, so compare sets of the same sizes only: in EfficientNet-Lite0's
 features the Frechet distance of 1,744 real emoji from 1,744 others is 86, of 500 from 500 it is
-245, of 154 from 154 it is 453 (of 154 drawings of the pocket teacher from the real ones 796).
+245, of 154 from 154 it is 453 (of 154 images by the pocket teacher from the real ones 796).
 
 Departures from the paper:
 - Where the paper's extractors cannot be had, `efficientnet-lite0` stands in, and a distance is no
   FID or CMMD; R-precision takes the place of the CLIP score.
 - CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but linear: it compares means.
   `EMBEDDED_SIGMA` is about the distance between two emoji (the median is 1.17), so that the MMD of
-  the embedded features sees more than means. They are scaled to length 1 as CMMD's are, whereby
-  distances lie between 0 and 1.41, and one bandwidth fits any target.
-- R-precision compares pictures with pictures, not with captions, and in the cosine: by it 85 of 100
-  emoji were found again after the pocket teacher's autoencoder, 82 by Euclidean distance.
+  the embedded features sees more than means. They are scaled to length 1 as CMMD's are, so that
+  distances lie between 0 and 1.41 and one bandwidth fits any target.
+- R-precision compares images with images, not with captions, and by cosine: 85 of 100 emoji were
+  found again after the pocket teacher's autoencoder, 82 by Euclidean distance.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.randomness import step_generator
-from evaluation.features import Extractor, Rows, extract, load_extractor, picture_folder
+from evaluation.features import Extractor, ImageRows, extract, image_folder, load_extractor
 
 EMBEDDED_SIGMA = 1.0  # bandwidth of `mmd` for unit-length EfficientNet features; see the header
 
@@ -81,8 +81,8 @@ def covariance_root(features: Tensor) -> Tensor:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2): Heusel et al. 2017.
 
-    Neither more samples than dimensions are needed nor the square root of a matrix: with
-    S = R^T R, the last trace is the sum of the singular values of R_a R_b^T.
+    It needs no square root of a matrix, and no more samples than dimensions: with S = R^T R, the
+    last trace is the sum of the singular values of R_a R_b^T.
 
     Args:
         a, b: features (n, d) and (m, d), at least two of each.
@@ -137,8 +137,8 @@ def unit(features: Tensor) -> Tensor:
 
 
 def fid(
-    real: Tensor | Rows | Path,
-    generated: Tensor | Rows | Path,
+    real: Tensor | ImageRows | Path,
+    generated: Tensor | ImageRows | Path,
     mode: str = "clean",
     extractor: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
@@ -158,17 +158,17 @@ def fid(
     if mode not in FID_EXTRACTORS:
         raise ValueError(f"mode must be one of {', '.join(FID_EXTRACTORS)}, got {mode}")
     network = extractor or load_extractor(FID_EXTRACTORS[mode], device)
-    sets = [picture_folder(s) if isinstance(s, Path) else s for s in (real, generated)]
+    sets = [image_folder(s) if isinstance(s, Path) else s for s in (real, generated)]
     return frechet_distance(extract(network, sets[0]), extract(network, sets[1]))
 
 
-def cmmd(real: Tensor | Rows, generated: Tensor | Rows, extractor: Extractor) -> float:
+def cmmd(real: Tensor | ImageRows, generated: Tensor | ImageRows, extractor: Extractor) -> float:
     """MMD of CLIP embeddings, Jayasumana et al. 2024; theirs are those of `clip-vit-l-14-336`."""
     return mmd(unit(extract(extractor, real)), unit(extract(extractor, generated)))
 
 
 def caption_cosines(
-    images: Tensor | Rows, captions: Sequence[str], extractor: Extractor, batch: int = 64
+    images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor, batch: int = 64
 ) -> Tensor:
     """Cosine between each image and its own caption, (n,).
 
@@ -183,7 +183,7 @@ def caption_cosines(
     return (unit(texts) * unit(extract(extractor, images, batch))).sum(1)
 
 
-def clip_score(images: Tensor | Rows, captions: Sequence[str], extractor: Extractor) -> float:
+def clip_score(images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor) -> float:
     """Mean of 100 max(0, cosine of image and caption), Hessel et al. 2021, without their w = 2.5.
 
     The paper's extractor is `clip-vit-b-32`.
@@ -191,12 +191,12 @@ def clip_score(images: Tensor | Rows, captions: Sequence[str], extractor: Extrac
     return 100 * caption_cosines(images, captions, extractor).clamp(min=0).mean().item()
 
 
-def pick_score(images: Tensor | Rows, captions: Sequence[str], extractor: Extractor) -> float:
+def pick_score(images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor) -> float:
     """Mean of `pickscore`'s learned scale times the cosine of image and prompt, Kirstain et al."""
     return extractor.scale * caption_cosines(images, captions, extractor).mean().item()
 
 
-# ---- whether a picture is the one that was asked for ----
+# ---- whether an image looks like its caption's own ----
 
 
 def r_precision(
@@ -206,22 +206,22 @@ def r_precision(
     k: int = 1,
     pools: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
 ) -> float:
-    """Share of samples whose own real picture is among the k nearest by cosine, R-precision@k.
+    """Share of samples whose own real image is among the k nearest by cosine, R-precision@k.
 
-    After Xu et al. 2018, who rank captions. Where others are exactly as near as the own picture
-    (some flags are drawn alike), the sample counts by the chance that the own one comes among the
-    first k if those are put in a random order.
+    After Xu et al. 2018, who rank captions. Where other images are exactly as near as the own one
+    (some flags look the same), the sample counts by the probability that the own image is among the
+    first k when equally near images are put in a random order.
 
     Args:
         features: of the samples, (n, d).
-        gallery: of the real pictures, (m, d).
-        truth: row of each sample's own picture in the gallery, (n,), int64.
+        gallery: of the real images, (m, d).
+        truth: row of each sample's own image in the gallery, (n,), int64.
         k: at least 1.
         pools: labels of the samples (n) and of the gallery (m), such as the style; a sample is
-            compared with real pictures of its own label only.
+            compared with real images of its own label only.
 
     Raises:
-        ValueError: shapes or k do not fit, or an own picture has another label than its sample.
+        ValueError: shapes or k do not fit, or an own image has another label than its sample.
     """
     features, gallery = two_sets(features, gallery)
     if k < 1 or truth.shape != features.shape[:1]:
@@ -233,14 +233,14 @@ def r_precision(
     sample_labels = torch.tensor([number[label] for label in samples_pool])  # (n,)
     gallery_labels = torch.tensor([number[label] for label in gallery_pool])  # (m,)
     if not torch.equal(sample_labels, gallery_labels[truth]):
-        raise ValueError("a sample's own picture has another label than the sample")
+        raise ValueError("a sample's own image has another label than the sample")
     gallery, hits = unit(gallery), 0.0
     for rows in torch.arange(len(features)).split(CHUNK):
         cosine = unit(features[rows]) @ gallery.T  # (chunk, m)
         own = cosine.gather(1, truth[rows, None])  # (chunk, 1)
         rivals = sample_labels[rows, None] == gallery_labels
         nearer = (rivals & (cosine > own + TIED)).sum(1)  # (chunk,)
-        tied = (rivals & ((cosine - own).abs() <= TIED)).sum(1)  # at least 1: the own picture
+        tied = (rivals & ((cosine - own).abs() <= TIED)).sum(1)  # at least 1: the own image
         hits += ((k - nearer) / tied).clamp(0, 1).sum().item()
     return hits / len(features)
 
@@ -258,7 +258,7 @@ def nmi(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 def shuffled_nmi(
     a: Sequence[Hashable], b: Sequence[Hashable], seed: int = 0, repeats: int = 20
 ) -> float:
-    """The mean of `nmi` over `repeats` shuffles of b: what labels without relation come to."""
+    """The mean of `nmi` over `repeats` shuffles of b: the level expected by chance."""
     total = 0.0
     for step in range(repeats):
         order = torch.randperm(len(b), generator=step_generator(seed, "shuffled nmi", step))
@@ -267,9 +267,9 @@ def shuffled_nmi(
 
 
 def style_classifier(features: Tensor, labels: Sequence[str]) -> Any:
-    """A logistic regression on standardised features (n, d), fitted to tell `labels` (n).
+    """A logistic regression from standardised features (n, d) to `labels` (n).
 
-    Gives a scikit-learn pipeline with `predict` and `score`.
+    Returns a scikit-learn pipeline with `predict` and `score`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

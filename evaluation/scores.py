@@ -12,12 +12,10 @@ from torch import Tensor
 
 from common.cache import kept_rows, rows_key
 from evaluation import metrics
-from evaluation.features import Rows, extract, load_extractor
+from evaluation.features import ImageRows, extract, load_extractor
 from evaluation.metrics import EMBEDDED_SIGMA
 from targets.images import CaptionedImages, spread
 from teacher.model import Teacher
-
-# ---- scoring ----
 
 
 @dataclass(frozen=True)
@@ -36,23 +34,17 @@ class Subset:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Pictures after a way through the teacher's autoencoder: the best that it can draw."""
+    """Real images encoded and decoded by the teacher's autoencoder: the best it can generate."""
 
     teacher: Teacher
-    pictures: Subset
+    real: Subset
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.real)
 
     def images(self, positions: Sequence[int] | Tensor) -> Tensor:
-        latents = self.teacher.encode_images(self.pictures.images(positions))
+        latents = self.teacher.encode_images(self.real.images(positions))
         return self.teacher.decode_latents(latents).float().cpu()
-
-
-def readable(data: CaptionedImages, rows: list[int]) -> list[int]:
-    """The rows, or, for those whose image cannot be decoded, the next that can; each one once."""
-    batches = data.batches([rows[start : start + 64] for start in range(0, len(rows), 64)])
-    return sorted({row for _, used in batches for row in used.tolist()})
 
 
 class Embedded:
@@ -60,10 +52,10 @@ class Embedded:
 
     def __init__(self, device: torch.device) -> None:
         self.extractor = load_extractor("efficientnet-lite0", device)
-        self.classifier: Any = None  # of styles, fitted to the first split: the training pictures
+        self.classifier: Any = None  # of styles, fitted to the first split: the training images
 
     def gallery(self, data: CaptionedImages) -> Tensor:
-        """Features of all real pictures of a split, (rows, d), from the cache or into it."""
+        """Features of all real images of a split, (rows, d), from the cache or into it."""
         pixels = hashlib.sha256(data.images(spread(len(data), 8)).numpy().tobytes()).hexdigest()
         parts = kept_rows(
             f"features-{rows_key(self.extractor.name, pixels, lines=data.captions)}",
@@ -71,18 +63,18 @@ class Embedded:
             lambda batches: (self.extractor(data.images(rows)) for rows in batches),
             part=4096,
             batch=64,
-            what="features of real pictures",
+            what="features of real images",
         )
         return torch.cat(parts)
 
-    def __call__(self, pictures: Tensor | Rows, real: Subset) -> dict[str, float]:
-        """Frechet distance and MMD to the captions' own pictures, R-precision, style.
+    def __call__(self, images: Tensor | ImageRows, real: Subset) -> dict[str, float]:
+        """Frechet distance and MMD to the captions' own images, R-precision, style.
 
-        The last two where the target has styles: is the caption's picture the nearest of its style,
-        or among the nearest five, and would one say that it has that style?
+        The last two only where the target has styles: whether the caption's own image is the
+        nearest of its style, or among the nearest five, and whether a classifier sees that style.
         """
         styles = real.data.styles
-        features = extract(self.extractor, pictures)
+        features = extract(self.extractor, images)
         gallery = self.gallery(real.data) if any(styles) else torch.empty(0)
         reference = gallery[real.rows] if any(styles) else extract(self.extractor, real)
         found = {
@@ -107,15 +99,15 @@ class Published:
         names = ("inception", "inception-legacy", "clip-vit-b-32", "clip-vit-l-14-336")
         self.extractors = {name: load_extractor(name, device) for name in names}
 
-    def __call__(self, pictures: Rows, real: Subset) -> dict[str, float]:
-        """Scores of the pictures of the captions whose own pictures are `real`."""
+    def __call__(self, images: ImageRows, real: Subset) -> dict[str, float]:
+        """Scores of the images of the captions whose own images are `real`."""
         clean, legacy, clip, large = self.extractors.values()
         captions = [real.data.captions[row] for row in real.rows]
         return {
-            "fid": metrics.fid(real, pictures, extractor=clean),
-            "fid_legacy": metrics.fid(real, pictures, extractor=legacy),
-            "clip_score": metrics.clip_score(pictures, captions, clip),
-            "cmmd": metrics.cmmd(real, pictures, large),
+            "fid": metrics.fid(real, images, extractor=clean),
+            "fid_legacy": metrics.fid(real, images, extractor=legacy),
+            "clip_score": metrics.clip_score(images, captions, clip),
+            "cmmd": metrics.cmmd(real, images, large),
         }
 
 
@@ -126,7 +118,7 @@ SUITES: dict[str, Callable[[torch.device], Embedded | Published]] = {
 
 
 def in_common(captions: CaptionedImages, experts: list[int], split: str) -> dict[str, Any]:
-    """How much expert and group have in common, beside a shuffled control."""
+    """How much expert and group have in common, and the same after a shuffle, as a control."""
     found: dict[str, Any] = {"split": split, "prompts": len(experts)}
     found["nmi"] = metrics.nmi(experts, captions.groups)
     found["shuffled"] = metrics.shuffled_nmi(experts, captions.groups)

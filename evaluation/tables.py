@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-MEASURES = (  # of a score, where it has them: key, heading, digits
-    ("macs_ratio", "MACs ratio", 3),
-    ("seconds", "s/picture", 3),
-    ("frechet", "Fréchet ↓", 1),
-    ("mmd", "MMD ↓", 2),
-    ("r1", "R@1 ↑", 3),
-    ("r5", "R@5 ↑", 3),
-    ("style", "style ↑", 3),
-    ("fid", "FID ↓", 2),
-    ("clip_score", "CLIP ↑", 2),
-    ("cmmd", "CMMD ↓", 3),
-    ("pick_score", "PickScore ↑", 3),
-)
+from tabulate import tabulate
+
+from common.files import read_json, replacing, write_json
+
+MEASURES = {  # of a score, where it has them: key -> heading, digits
+    "macs_ratio": ("MACs ratio", 3),
+    "seconds": ("s/image", 3),
+    "frechet": ("Fréchet ↓", 1),
+    "mmd": ("MMD ↓", 2),
+    "r1": ("R@1 ↑", 3),
+    "r5": ("R@5 ↑", 3),
+    "style": ("style ↑", 3),
+    "fid": ("FID ↓", 2),
+    "clip_score": ("CLIP score ↑", 2),
+    "cmmd": ("CMMD ↓", 3),
+    "pick_score": ("PickScore ↑", 3),
+}
+
+TABLE_3 = ("uni-arch", "contrastive", "transport", "aptp")  # the ablation, in its order
 
 
 def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -35,7 +43,7 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (split, steps, method), members in groups.items():
         line: dict[str, Any] = {"split": split, "method": method, "steps_in_all": steps}
         line["seeds"] = len(members)
-        for key, _, _ in MEASURES:
+        for key in MEASURES:
             values = [member[key] for member in members if key in member]
             if values:
                 line[key] = statistics.fmean(values)
@@ -46,20 +54,27 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(title: str, lines: Sequence[dict[str, Any]]) -> str:
     """Aggregated lines as a Markdown table with its title."""
-    present = [m for m in MEASURES if any(m[0] in line for line in lines)]
-    cells = any(line["steps_in_all"] for line in lines)  # of a comparison, not of one run
-    head = ["method", "split", *(["seeds", "fine-tuning steps"] if cells else [])]
-    head += [name for _, name, _ in present]
-    text = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in lines:
-        row = [line["method"], line["split"]]
-        row += [str(line["seeds"]), str(line["steps_in_all"])] if cells else []
-        for key, _, digits in present:
-            value, spread = line.get(key), line.get(f"{key}_std", math.nan)
-            cell = "" if value is None else f"{value:.{digits}f}"
-            row.append(cell if math.isnan(spread) else f"{cell} ± {spread:.{digits}f}")
-        text.append("| " + " | ".join(row) + " |")
-    return "\n".join(text) + "\n"
+    present = {key: m for key, m in MEASURES.items() if any(key in line for line in lines)}
+    words = {"method": "method", "split": "split"}
+    if any(line["steps_in_all"] for line in lines):  # cells of a comparison, not of one run
+        words |= {"seeds": "seeds", "steps_in_all": "fine-tuning steps"}
+
+    def cell(line: dict[str, Any], key: str, digits: int) -> str:
+        value, spread = line.get(key), line.get(f"{key}_std", math.nan)
+        text = "" if value is None else f"{value:.{digits}f}"
+        return text if math.isnan(spread) else f"{text} ± {spread:.{digits}f}"
+
+    table = tabulate(
+        [
+            [line[key] for key in words]
+            + [cell(line, key, digits) for key, (_, digits) in present.items()]
+            for line in lines
+        ],
+        [*words.values(), *(heading for heading, _ in present.values())],
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    return f"### {title}\n\n{table}\n"
 
 
 def as_numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,3 +83,58 @@ def as_numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))}
         for line in lines
     ]
+
+
+def collect(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """The scores of all cells of a comparison so far, each with its method, seed and steps.
+
+    Args:
+        folder: of the comparison.
+        methods: every method's name, in the order of the tables.
+    """
+    rows = []
+    for path in folder.glob("*@*/report/metrics.json"):
+        run = path.parent.parent
+        name, steps = run.name.rsplit("@", 1)
+        method, seed = name.rsplit("-", 1)
+        in_all = int(steps) * read_json(run / "summary.json")["num_experts"]
+        cell = {"seed": int(seed), "steps": int(steps), "steps_in_all": in_all}
+        rows += [row | cell for row in read_json(path)["rows"] if row["method"] == method]
+    place = {method: k for k, method in enumerate(methods)}
+    return sorted(
+        rows, key=lambda r: (r["split"], r["steps_in_all"], place[r["method"]], r["seed"])
+    )
+
+
+def write_tables(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far.
+
+    Gives the cells' scores, as `collect` does.
+    """
+    rows = collect(folder, methods)
+    lines = aggregate(rows)
+    write_json(folder / "metrics.json", {"cells": rows, "means": as_numbers(lines)})
+    scores = [line for line in lines if line["split"] != "prompts"]
+    parts = {"Table 1: methods at one budget": scores}
+    ablation = [line for line in scores if line["method"] in TABLE_3]
+    if {"contrastive", "transport"} & {line["method"] for line in ablation}:
+        ablation.sort(key=lambda line: (line["split"], TABLE_3.index(line["method"])))
+        parts["Table 3: ablation"] = ablation
+    if len({line["steps_in_all"] for line in scores if line["method"] != "dense"}) > 1:
+        parts["Table 5: by fine-tuning steps"] = sorted(
+            scores, key=lambda line: (line["split"], line["method"], line["steps_in_all"])
+        )
+    parts["Table 6: free prompts"] = [line for line in lines if line["split"] == "prompts"]
+    with replacing(folder / "tables.md") as temporary:
+        text = "\n".join(markdown(title, part) for title, part in parts.items() if part)
+        temporary.write_text(text, encoding="utf-8")
+    keys = sorted({key for line in lines for key in line}, key=lambda key: (key != "method", key))
+    with (
+        replacing(folder / "tables.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, ["table", *keys])
+        writer.writeheader()
+        for title, part in parts.items():
+            writer.writerows({"table": title.split(":")[0]} | line for line in part)
+    return rows

@@ -1,7 +1,7 @@
 """The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
 
 A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
-asks it for four things: text states, latents, pictures, and its U-Net.
+asks it for four things: text states, latents, images, and its U-Net.
 
 A target is read through it as latents and text states of rows. A small target is encoded up front
 and kept in memory; of a large one, rows are encoded when a step asks for them, its latents
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
@@ -36,13 +37,14 @@ class Teacher:
     """A frozen pipeline.
 
     `guidance_scale` is the classifier-free guidance that suits it; `pixels` a side of its images,
-    the U-Net's own size if absent.
+    the U-Net's own size if absent; `own_pixels` the size that it was made for, if it says so.
     """
 
     name: str
     pipe: StableDiffusionPipeline
     guidance_scale: float
     pixels: int | None = None
+    own_pixels: int | None = None
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -105,6 +107,36 @@ class Teacher:
         ).sample
         return images.float().clamp(-1, 1)
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float | None = None,
+        unet: UNet2DConditionModel | None = None,
+    ) -> list[Image.Image]:
+        """One image for each of P prompts, as a batch.
+
+        Args:
+            seeds: one for each prompt; an image depends on its own alone.
+            steps: of denoising.
+            guidance: scale of classifier-free guidance; the teacher's own if absent.
+            unet: an expert to use instead of the teacher's U-Net.
+        """
+        own = self.pipe.unet
+        self.pipe.unet = own if unet is None else unet
+        try:
+            return self.pipe(
+                list(prompts),
+                height=self.resolution,
+                width=self.resolution,
+                num_inference_steps=steps,
+                guidance_scale=self.guidance_scale if guidance is None else guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images
+        finally:
+            self.pipe.unet = own
+
 
 def load_teacher(
     name: str,
@@ -144,8 +176,10 @@ def load_teacher(
         if precision != "fp32":
             part.to(PRECISIONS[precision])
         part.to(device)
-    pixels = choose_pixels(pipe, settings.get("resolution"), resolution)
-    return Teacher(name, pipe, float(settings["guidance_scale"]), pixels)
+    usual, size = settings.get("resolution"), pipe.unet.config.sample_size
+    pixels = choose_pixels(pipe, usual, resolution)
+    own = usual or (size * pipe.vae_scale_factor if isinstance(size, int) else None)
+    return Teacher(name, pipe, float(settings["guidance_scale"]), pixels, own)
 
 
 def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int | None) -> int:
@@ -182,7 +216,7 @@ def add_noise(
     teacher: Teacher,
     x0: Tensor,
     text: Tensor,
-    draw: torch.Generator,
+    generator: torch.Generator,
     rows: Tensor | None = None,
     batch_size: int | None = None,
 ) -> Noised:
@@ -196,8 +230,8 @@ def add_noise(
     """
     schedule, device, dtype = teacher.noise_schedule(), teacher.device, teacher.dtype
     B = len(x0) if batch_size is None else batch_size
-    noise = torch.randn(B, *x0.shape[1:], generator=draw)
-    t = torch.randint(schedule.config.num_train_timesteps, (B,), generator=draw)
+    noise = torch.randn(B, *x0.shape[1:], generator=generator)
+    t = torch.randint(schedule.config.num_train_timesteps, (B,), generator=generator)
     if rows is not None:
         noise, t = noise[rows], t[rows]
     targets = {

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import math
 import statistics
+from collections import Counter
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +18,13 @@ import finetune
 import train
 from common.errors import UserError
 from common.files import load_tensors, read_json, write_json
-from evaluation import generated as drawings
-from evaluation import tables
+from common.randomness import batch_rows
+from evaluation import figures, generated, tables
 from evaluation.features import Extractor
-from macs import measure_macs
-from prune_unet import load_expert
+from gates import ArchSpace, binarize
+from macs import example_inputs, measure_macs, module_macs, retained, skeleton
+from prune_unet import cut_expert, load_expert
+from router import PromptEncoder, PromptRouter
 from sample import APTPPipeline
 from settings import Finetuning, Pruning
 from targets.images import load_target
@@ -69,13 +73,23 @@ def test_every_cell_is_an_ordinary_run_at_the_budget(compared):
     assert all(torch.equal(v, weights[k]) for k, v in dense.unet(0).state_dict().items())
 
 
-def test_the_dense_cell_draws_what_the_teacher_draws(compared):
+def test_the_dense_cell_generates_what_the_teacher_generates(compared):
     run = compared / "dense-0@2"
     pipeline = APTPPipeline.from_pretrained(run, "cpu")
     data = load_target("emoji", "validation")
-    cfg = dataclasses.replace(SMALL, images=2)
-    routed = drawings.draw(pipeline, data.captions, "validation", [0, 1], cfg, None)
-    teacher = drawings.draw(pipeline, data.captions, "validation", [0, 1], cfg, -1)
+    routed, teacher = (
+        generated.generate(
+            pipeline,
+            run / "report" / "images",
+            data.captions,
+            "validation",
+            [0, 1],
+            SMALL.sampling(),
+            expert,
+        )
+        for expert in (None, -1)
+    )
+    assert routed.experts == [0, 0] and teacher.experts == [-1, -1]
     difference = routed.images([0, 1]) - teacher.images([0, 1])
     assert difference.abs().max() < 1.5 / 127.5  # one level of a colour, from rounding
 
@@ -93,10 +107,17 @@ def test_tables_hold_the_cells_scores(compared):
         assert match[0]["frechet"] == cell["frechet"] and cell["steps_in_all"] == 2
         assert 0 <= cell["r1"] <= cell["r5"] <= 1
     text = (compared / "tables.md").read_text(encoding="utf-8")
-    assert "Table 1" in text and "| dense |" in text and "nan" not in text
+    assert "Table 1" in text and "nan" not in text
+    assert {row[0] for row in cells_of(text)[1:]} == {"dense", "random"}
     with (compared / "tables.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and {row["table"] for row in rows} == {"Table 1"}
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The rows of a Markdown table, without the line below its head."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if set("".join(row)) - set("-: ")]
 
 
 def test_what_is_done_is_not_done_again(compared, monkeypatch):
@@ -138,21 +159,25 @@ def test_a_run_with_experts_is_scored_and_reported(tmp_path):
     page = run / "report" / "report.html"
     Tags().feed(page.read_text(encoding="utf-8"))
     assert len(list((run / "report").glob("*.png"))) >= 6
-    # another expert, other pictures
-    pipeline = APTPPipeline.from_pretrained(run, "cpu")
-    old = drawings.identity(pipeline, SMALL, None)
+    # another expert, other images
+    pipeline, sampling = APTPPipeline.from_pretrained(run, "cpu"), SMALL.sampling()
+
+    def identity(expert: int | None, sampling=sampling) -> str:
+        return generated.identity(pipeline, sampling, expert)
+
+    routed, teacher = identity(None), identity(-1)
+    assert routed == identity(None) != teacher
     finetune.finetune(Finetuning(run=run, steps=1, batch_size=4, device="cpu"))
-    assert drawings.identity(pipeline, SMALL, None) != old
-    assert drawings.identity(pipeline, SMALL, -1) == drawings.identity(pipeline, SMALL, -1)
-    other = dataclasses.replace(SMALL, seed=1)
-    before = drawings.identity(pipeline, SMALL, -1)
-    assert drawings.identity(pipeline, other, -1) != before
+    assert identity(None) != routed and identity(-1) == teacher
+    for change in ({"seed": 1}, {"steps": 3}, {"guidance": 1.5}):
+        assert identity(-1, dataclasses.replace(sampling, **change)) != teacher
+    routed = identity(None)
     next(pipeline.teacher.pipe.vae.parameters()).data.add_(0.01)  # another teacher of that name
-    assert drawings.identity(pipeline, SMALL, -1) != before
+    assert identity(-1) != teacher and identity(None) != routed
 
 
 def test_free_prompts_get_a_pickscore_of_their_own(compared, tmp_path, monkeypatch):
-    """With a stand-in network: brightness of the picture against length of the prompt."""
+    """With a stand-in network: brightness of the image against length of the prompt."""
 
     def look(images: torch.Tensor) -> torch.Tensor:
         return torch.stack([images.mean((1, 2, 3)) + 2, torch.ones(len(images))], dim=1)
@@ -168,7 +193,7 @@ def test_free_prompts_get_a_pickscore_of_their_own(compared, tmp_path, monkeypat
     own, dense = evaluate.free_prompts(pipeline, "random", cfg)
     assert (own["method"], dense["method"]) == ("random", "dense")
     assert own["images"] == 2 and own["split"] == "prompts" and dense["macs_ratio"] == 1
-    folder = next((pipeline.run / "report" / "drawings").glob("prompts-routed-*"))
+    folder = next((pipeline.run / "report" / "images").glob("prompts-routed-*"))
     scores = []
     for row, prompt in enumerate(("a giraffe", "a long red bus")):
         with Image.open(folder / f"{row:06d}.png") as image:
@@ -178,10 +203,110 @@ def test_free_prompts_get_a_pickscore_of_their_own(compared, tmp_path, monkeypat
     assert own["pick_score"] == pytest.approx(statistics.fmean(scores), rel=1e-4)
 
 
-def test_every_drawing_has_a_seed_of_its_own():
-    seeds = {drawings.image_seed(seed, row) for seed in range(3) for row in range(500)}
+def test_every_image_has_a_seed_of_its_own():
+    seeds = {generated.image_seed(seed, row) for seed in range(3) for row in range(500)}
     assert len(seeds) == 1500
-    assert drawings.image_seed(1, 7) == drawings.image_seed(1, 7)
+    assert generated.image_seed(1, 7) == generated.image_seed(1, 7)
+
+
+def test_a_stopped_generation_goes_on_and_asks_for_nothing_twice(tmp_path):
+    """With a stand-in pipeline, stopped after the first of its three batches."""
+    asked: list[tuple[str, int, int]] = []
+
+    class Pipeline:
+        stop = True
+
+        def identity(self, expert: int | None) -> list[str]:
+            return ["x"]
+
+        def route(self, prompts: list[str]) -> list[int]:
+            return [int(prompt[-1]) % 2 for prompt in prompts]
+
+        def __call__(self, prompts, *, seeds, expert, num_inference_steps, guidance_scale):
+            assert len(prompts) <= 2 and (num_inference_steps, guidance_scale) == (3, 1.5)
+            if self.stop and asked:
+                raise KeyboardInterrupt
+            asked.extend((p, seed, expert) for p, seed in zip(prompts, seeds, strict=True))
+            colours = [(int(prompt[-1]), 0, 0) for prompt in prompts]
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8), colour) for colour in colours])
+
+    captions, rows = [f"prompt {k}" for k in range(7)], [1, 2, 3, 5, 6]
+    sampling, pipeline = generated.Sampling(3, 1.5, seed=4, batch_size=2), Pipeline()
+    with pytest.raises(KeyboardInterrupt):
+        generated.generate(pipeline, tmp_path, captions, "train", rows, sampling, None)
+    pipeline.stop = False
+    images = generated.generate(pipeline, tmp_path, captions, "train", rows, sampling, None)
+    assert sorted(asked) == [
+        (f"prompt {row}", generated.image_seed(4, row), row % 2) for row in rows
+    ]
+    assert images.experts == [1, 0, 1, 1, 0] and len(images) == 5 and min(images.seconds) >= 0
+    assert [image.getpixel((0, 0)) for image in map(images.image, rows)] == [
+        (row, 0, 0) for row in rows
+    ]
+    assert images.costs([0.2, 0.6])["macs_ratio"] == pytest.approx((3 * 0.6 + 2 * 0.2) / 5)
+
+
+def test_retained_is_what_the_cut_experts_blocks_cost(unet):
+    space = ArchSpace.from_unet(unet)
+    macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
+    generator = torch.Generator().manual_seed(0)
+    code = binarize(torch.randn(space.size, generator=generator), space)
+    names, kept = retained(torch.stack([torch.ones(space.size), code]), macs)
+    removable = {layer.name: code[layer.start] == 0 for layer in space.depth_layers}
+
+    def by_module(model) -> Counter[str]:
+        model = model.to("meta")
+        return module_macs(model, example_inputs(model, 8, 5))
+
+    dense, cut = by_module(skeleton(unet)), by_module(cut_expert(unet, code, space))
+    for name, share in zip(names, kept[:, 1], strict=True):
+        parts = ("conv_shortcut", "proj_in", "proj_out")  # no unit belongs to these
+        fixed = 0 if name in removable else sum(dense[f"{name}.{part}"] for part in parts)
+        assert share == pytest.approx((cut[name] - fixed) / (dense[name] - fixed), abs=1e-12)
+        assert (share == 0) == removable.get(name, False)
+    assert True in removable.values() and False in removable.values()
+    assert (kept[:, 0] == 1).all()
+
+
+def test_blocks_stand_in_the_order_of_computation(unet, make_inputs):
+    space = ArchSpace.from_unet(unet)
+    macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
+    names, _ = retained(torch.ones(1, space.size), macs)
+    ran: list[str] = []
+    hooks = [
+        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name in names
+    ]
+    unet(**make_inputs(unet, 1))
+    for hook in hooks:
+        hook.remove()
+    assert ran == names
+    assert len({figures.block_label(name) for name in names}) == len(names)
+
+
+def test_last_batch_against_the_transport_by_hand():
+    router, encoder = PromptRouter(384, 11, 3), PromptEncoder()
+    torch.nn.init.normal_(router.own, generator=torch.Generator().manual_seed(1))
+    pipeline = SimpleNamespace(router=router, encoder=encoder)
+    settings = {"warmup_steps": 2, "joint_steps": 30, "batch_size": 6, "seed": 0}
+    settings |= {"eps": 0.05, "sinkhorn_iterations": 3}
+    captions = [f"a thing with {k} sides" for k in range(20)]
+    rows, experts = evaluate.last_batch(pipeline, settings, captions)
+    assert len(rows) == len(set(rows)) == 6 and set(rows) <= set(range(20))
+    assert rows == batch_rows(20, 6, seed=0, step=31).tolist()  # the last of 2 + 30 steps
+    z = encoder([captions[row] for row in rows]).double().numpy()
+    weight = router.predictor.weight.detach().double().numpy()
+    e = (z - router.mean_z.double().numpy()) @ weight.T  # centred: the bias cancels
+    codes = router.codes.detach().double().numpy()
+    A = codes - codes.mean(0)
+    cosine = (A / np.linalg.norm(A, axis=1, keepdims=True)) @ (
+        e / np.linalg.norm(e, axis=1, keepdims=True)
+    ).T
+    Q = np.exp(cosine / 0.05)
+    for _ in range(3):
+        Q /= Q.sum(1, keepdims=True) * 3
+        Q /= Q.sum(0, keepdims=True) * 6
+    assert experts == Q.argmax(0).tolist()
 
 
 def cell(method: str, seed: int, **scores: float) -> dict:
@@ -195,8 +320,11 @@ def test_means_and_deviations_are_over_seeds():
     assert line["r1_std"] == pytest.approx(statistics.stdev([0.5, 0.7, 0.9]))
     (single,) = tables.aggregate(rows[:1])
     assert single["r1"] == 0.5 and math.isnan(single["r1_std"])
-    assert "| 0.700 ± 0.200 |" in tables.markdown("T", [line])
-    assert "| 0.500 |" in tables.markdown("T", [single])
+    assert cells_of(tables.markdown("T", [line])) == [
+        ["method", "split", "seeds", "fine-tuning steps", "R@1 ↑"],
+        ["norm", "validation", "3", "8", "0.700 ± 0.200"],
+    ]
+    assert cells_of(tables.markdown("T", [single]))[1][2:] == ["1", "8", "0.500"]
 
 
 def test_tables_3_and_5_come_with_their_cells(tmp_path):
@@ -211,15 +339,15 @@ def test_tables_3_and_5_come_with_their_cells(tmp_path):
 
     make("uni-arch", 100, 0.4)
     make("aptp", 50, 0.6)
-    evaluate.write_tables(tmp_path)
+    tables.write_tables(tmp_path, evaluate.METHODS)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "Table 3" not in text and "Table 5" not in text and "autoencoder" not in text
     make("contrastive", 50, 0.3)
     make("aptp", 100, 0.7)
-    evaluate.write_tables(tmp_path)
+    tables.write_tables(tmp_path, evaluate.METHODS)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     third = text[text.index("Table 3") : text.index("Table 5")]
-    names = [line.split("|")[1].strip() for line in third.splitlines()[4:] if "|" in line]
+    names = [row[0] for row in cells_of(third)[1:]]
     assert names[:2] == ["uni-arch", "contrastive"] and set(names) == {
         "uni-arch",
         "contrastive",

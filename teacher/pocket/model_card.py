@@ -1,50 +1,51 @@
-"""What the pocket teacher can do: the figures and pictures of its model card.
+"""What the pocket teacher can do: the scores and image grids of its model card. Sec. 4, App. E.3.
 
     python -m teacher.pocket.model_card   # writes assets/pocket/metrics.json and the grids
 
-Captions of both splits are drawn as `evaluate.py` draws them and scored in the same features. The
-guidance scale is the one of a few at which most training captions, others than those scored, find
-their own picture again (of equals the strongest); the teacher carries it as its default. Beside
-each distance stand two yardsticks: real validation pictures against real training pictures, and
-what the autoencoder makes of the real ones. A third says what knowing a concept but not the style
-is worth on validation captions: its real drawing in the other style, scored as if it had been
-drawn. Prompts that say in free words what to draw are scored by hand-made lists of the emoji that
-would do, beside the drawings of the other prompts by the same lists. Killed, the same command draws
-what is missing.
+Images of captions of both splits are generated and scored as those of a run. The guidance scale is
+chosen among a few: the one with the highest R-precision@1 on training captions other than those
+scored, and the largest of equals; it becomes the teacher's default.
+
+Each score has three references: real validation images against real training images, real images
+after the autoencoder, and, on validation captions, the concept's real drawing in the other style,
+which is the score of a teacher that knows the concept but not the style.
+
+Prompts in free words are scored by hand-made lists of the emoji that would do. The control scores
+the images of all other prompts by the same lists. After a kill, the same command generates what is
+missing.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-import evaluate
 from common.errors import UserError, command_line
-from common.files import read_json, replacing, write_json
+from common.files import fingerprint, read_json, write_json
 from common.processes import pick_device
+from common.ranges import check_ranges
 from common.runs import RUNS
 from evaluation import metrics
 from evaluation.features import extract
-from evaluation.generated import Drawn, draw
+from evaluation.generated import GeneratedImages, Sampling, generate
+from evaluation.grids import image_grid, save_figure
 from evaluation.scores import Embedded, Reconstructed, Subset
-from sample import APTPPipeline
 from targets.emoji import STYLES, Emoji, emoji_pixels, list_emoji, split_drawings
 from targets.images import CaptionedImages, load_target, spread
 from teacher.model import Teacher, load_teacher
 from teacher.pocket.autoencoder import reconstruction_psnr
 from teacher.shapes import ASSETS
 
-# what to draw, and names, or parts of names, of what would do; no prompt holds any of its own
+# prompts, and names, or parts of names, of the emoji that would do; no prompt contains its own
 FREE_PROMPTS: dict[str, tuple[str, ...]] = {
     "a tall animal with a long neck": ("giraffe", "llama"),
     "something to eat with cheese": ("pizza", "hamburger", "sandwich", "taco"),
@@ -82,7 +83,7 @@ FREE_PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 
-NEAREST = (1, 5, 35)  # real pictures; the last is a hundredth of the training drawings
+NEAREST = (1, 5, 35)  # real images; the last is a hundredth of the training drawings
 
 
 @dataclass(frozen=True)
@@ -90,53 +91,83 @@ class Config:
     """Scoring the pocket teacher."""
 
     train_images: int = 500
-    """Training captions drawn."""
+    """Training captions scored."""
     validation_images: int | None = None
-    """Validation captions drawn; all 308 if not given."""
+    """Validation captions scored; all 308 if not given."""
     guidances: tuple[float, ...] = (1.5, 2.0, 3.0, 4.5, 6.5)
     """Guidance scales to choose from."""
     trial_images: int = 120
-    """Training captions drawn at each of them."""
+    """Training captions scored at each of them."""
     steps: int = 25
     """Denoising steps."""
     seed: int = 0
-    """Seed of the drawings."""
+    """Seed of the generated images."""
     batch_size: int = 50
-    """Pictures drawn at once."""
+    """Images generated at once."""
     assets: Path = ASSETS / "pocket"
     """Folder of the teacher, which metrics.json and the grids are written to."""
     out: Path = RUNS / "teacher-card"
-    """Folder of the drawings."""
+    """Folder of the generated images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
 
+class TeacherPipeline:
+    """The teacher alone, as `evaluation.generated.Pipeline`."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        pipe = teacher.pipe
+        parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+        self.checksums = [fingerprint(part.state_dict(), {}) for part in parts]
+
+    def identity(self, expert: int | None) -> list[str]:
+        return self.checksums
+
+    def route(self, prompts: Sequence[str]) -> list[int]:
+        return [-1] * len(prompts)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        expert: int | None,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+    ) -> ImagePipelineOutput:
+        images = self.teacher.generate(prompts, seeds, num_inference_steps, guidance_scale)
+        return ImagePipelineOutput(images)
+
+
 class Scoring:
-    """A teacher whose drawings are kept and scored."""
+    """A teacher whose images are kept and scored."""
 
     def __init__(self, cfg: Config, teacher: Teacher) -> None:
         self.cfg, self.teacher = cfg, teacher
-        self.pipeline = APTPPipeline(cfg.out, teacher, None, None, [])
+        self.pipeline = TeacherPipeline(teacher)
         self.suite = Embedded(teacher.device)
-        self.settings = evaluate.Config(steps=cfg.steps, seed=cfg.seed, batch_size=cfg.batch_size)
-        evaluate.check(self.settings)
 
-    def draw(self, captions: Sequence[str], what: str, rows: list[int], guidance: float) -> Drawn:
-        """The teacher's drawings of some captions, from the folder or into it."""
-        settings = replace(self.settings, guidance=guidance)
-        return draw(self.pipeline, captions, what, rows, settings, -1)
+    def generate(
+        self, captions: Sequence[str], split: str, rows: list[int], guidance: float
+    ) -> GeneratedImages:
+        """The teacher's images of some captions, from the folder or into it."""
+        cfg = self.cfg
+        sampling = Sampling(cfg.steps, guidance, cfg.seed, cfg.batch_size)
+        base = cfg.out / "report" / "images"
+        return generate(self.pipeline, base, captions, split, rows, sampling, -1)
 
     def by_guidance(self, train: CaptionedImages, rows: list[int]) -> dict[str, float]:
         """R-precision@1 of the captions of `rows` at every scale in question, by scale."""
         found = {}
         for guidance in self.cfg.guidances:
-            drawn = self.draw(train.captions, "train", rows, guidance)
-            found[f"{guidance:g}"] = self.suite(drawn, Subset(train, rows))["r1"]
+            images = self.generate(train.captions, "train", rows, guidance)
+            found[f"{guidance:g}"] = self.suite(images, Subset(train, rows))["r1"]
         return found
 
 
 def best_guidance(r1: dict[str, float]) -> float:
-    """The scale of the greatest R-precision@1, of equals the strongest."""
+    """The scale with the highest R-precision@1, and the largest of equals."""
     return max((value, float(scale)) for scale, value in r1.items())[1]
 
 
@@ -158,7 +189,7 @@ def would_do(names: Sequence[str], drawings: Sequence[Emoji]) -> list[bool]:
 def other_style(held_out: Sequence[Emoji]) -> Tensor:
     """The concepts of validation drawings as training saw them, in the other style.
 
-    Pixels, (rows, 3, 64, 64) uint8: what a teacher would draw that knows a concept but no style.
+    Pixels, (rows, 3, 64, 64) uint8: the images of a teacher that knows the concept but no style.
     """
     drawings = list_emoji()
     place = {(drawing.code, drawing.style): i for i, drawing in enumerate(drawings)}
@@ -172,26 +203,26 @@ def other_style(held_out: Sequence[Emoji]) -> Tensor:
 
 
 def landing(cosine: Tensor, good: Tensor, ks: Sequence[int] = NEAREST) -> dict[str, float]:
-    """Do drawings of prompts land on what would do, and how often do those of other prompts?
+    """How often images of prompts are near emoji that would do, and how often those of others are.
 
     Args:
-        cosine: of each prompt's drawing and each real picture, (P, m).
-        good: whether a real picture would do for a prompt, (P, m), bool; prompts for which none
+        cosine: of each prompt's image and each real image, (P, m).
+        good: whether a real image would do for a prompt, (P, m), bool; prompts for which none
             does, or all do, are left out.
 
     Returns:
-        For each k the share of prompts for which one of the nearest k real pictures would do, and
-        the mean area under the curve that tells those that would do from the others by cosine, 0.5
-        if it cannot. Under `_exchanged` the same of the drawings of all other prompts: what would
-        come out if drawings did not depend on what a prompt says.
+        For each k the share of prompts for which one of the nearest k real images would do, and the
+        mean area under the ROC curve of telling those that would do from the others by cosine (0.5
+        by chance). Under `_exchanged` the same for the images of all other prompts: the level
+        expected if images did not depend on what a prompt says.
     """
     from sklearn.metrics import roc_auc_score
 
     asked = good.any(1) & ~good.all(1)
     cosine, good = cosine[asked], good[asked]
     order = cosine.argsort(1, descending=True)  # (P, m)
-    tables = {f"free_{k}": good[:, order[:, :k]].any(2).double() for k in ks}  # (lists, drawings)
-    areas = [roc_auc_score(would, drawing) for would in good for drawing in cosine]
+    tables = {f"free_{k}": good[:, order[:, :k]].any(2).double() for k in ks}  # (lists, images)
+    areas = [roc_auc_score(would, image) for would in good for image in cosine]
     own = torch.eye(len(good), dtype=torch.bool)
     tables["free_auc"] = torch.tensor(areas).double().view(own.shape)
     found: dict[str, float] = {}
@@ -203,53 +234,35 @@ def landing(cosine: Tensor, good: Tensor, ks: Sequence[int] = NEAREST) -> dict[s
 
 def free_language(
     scoring: Scoring, train: CaptionedImages, guidance: float
-) -> tuple[dict[str, float], Drawn, list[int]]:
-    """Drawings of prompts in free words: where they land, the drawings, the nearest rows."""
+) -> tuple[dict[str, float], GeneratedImages, list[int]]:
+    """Prompts in free words: their scores, their images, the nearest training row of each."""
     prompts = list(FREE_PROMPTS)
-    drawn = scoring.draw(prompts, "free", list(range(len(prompts))), guidance)
-    features = metrics.unit(extract(scoring.suite.extractor, drawn))  # (prompts, d)
+    images = scoring.generate(prompts, "free", list(range(len(prompts))), guidance)
+    features = metrics.unit(extract(scoring.suite.extractor, images))  # (prompts, d)
     cosine = features @ metrics.unit(scoring.suite.gallery(train)).T  # (prompts, rows)
     everything = split_drawings("train")
-    drawings = [everything[number] for number in train.pictures]
+    drawings = [everything[number] for number in train.image_ids]
     good = torch.tensor([would_do(names, drawings) for names in FREE_PROMPTS.values()])
-    return landing(cosine, good), drawn, cosine.argmax(1).tolist()
+    return landing(cosine, good), images, cosine.argmax(1).tolist()
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] to a picture."""
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to an image of Pillow's."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.numpy())
 
 
 def grid(
-    path: Path, titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], columns: int = 8
-) -> None:
-    """Pictures under their titles; where a title has several, side by side."""
-    lines = math.ceil(len(titles) / columns)
-    figure = Figure(figsize=(2 * columns, 1.55 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.axis("off")
-    for axis, title, pictures in zip(axes, titles, rows, strict=False):
-        width, height = pictures[0].size
-        canvas = Image.new("RGB", ((width + 4) * len(pictures) - 4, height), "white")
-        for i, picture in enumerate(pictures):
-            canvas.paste(picture, (i * (width + 4), 0))
-        axis.imshow(canvas, interpolation="nearest")
-        axis.set_title(textwrap.fill(title, 28), fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+    titles: Sequence[str], images: Sequence[Sequence[Image.Image]], columns: int = 8
+) -> Figure:
+    """The images of each title side by side over it."""
+    cells = list(zip(images, titles, strict=True))
+    return image_grid([("", cells[k : k + columns]) for k in range(0, len(cells), columns)])
 
 
 def measure(cfg: Config) -> dict[str, Any]:
-    """Draw, score, and write metrics.json and the grids. Raises `UserError` for bad settings."""
-    for name, value in (
-        ("train-images", cfg.train_images),
-        ("validation-images", cfg.validation_images),
-        ("trial-images", cfg.trial_images),
-    ):
-        if value is not None and value < 2:
-            raise UserError(f"--{name} {value} is too small; choose 2 or more")
+    """Generate, score, and write metrics.json and the grids. Raises `UserError`."""
+    check_ranges(cfg)
     if not cfg.guidances:
         raise UserError("--guidances is empty; give at least one scale, such as 3")
     teacher = load_teacher("pocket", pick_device(cfg.device), pocket=cfg.assets)
@@ -273,28 +286,29 @@ def measure(cfg: Config) -> dict[str, Any]:
         ("train", "train", train, scored),
         ("val", "validation", validation, held_out),
     ):
-        drawn, real = scoring.draw(data.captions, split, rows, guidance), Subset(data, rows)
-        scores = scoring.suite(drawn, real)
+        images, real = scoring.generate(data.captions, split, rows, guidance), Subset(data, rows)
+        scores = scoring.suite(images, real)
         ceiling = scoring.suite(Reconstructed(teacher, real), real)
         found |= {f"{name}_{short}": value for name, value in scores.items()}
         found |= {f"{name}_{short}_autoencoder": value for name, value in ceiling.items()}
         found[f"images_{short}"] = len(rows)
         shown = [rows[i] for i in spread(len(rows), 32)]
         rebuilt = Reconstructed(teacher, Subset(data, shown)).images(range(len(shown)))
-        pictures = [
-            [to_picture(image), to_picture(through), drawn.picture(row)]
+        cells = [
+            [to_image(image), to_image(through), images.image(row)]
             for row, image, through in zip(shown, data.images(shown), rebuilt, strict=True)
         ]
-        grid(cfg.assets / f"grid_{short}.png", [data.captions[row] for row in shown], pictures)
+        sheet = grid([data.captions[row] for row in shown], cells)
+        save_figure(sheet, cfg.assets / f"grid_{short}.png")
     drawings = split_drawings("validation")
-    concepts = [drawings[number] for number in validation.pictures[held_out]]
+    concepts = [drawings[number] for number in validation.image_ids[held_out]]
     copied = scoring.suite(other_style(concepts), Subset(validation, held_out))
     found |= {f"{name}_val_other_style": value for name, value in copied.items()}
-    scores, drawn, nearest = free_language(scoring, train, guidance)
+    scores, images, nearest = free_language(scoring, train, guidance)
     found |= {"free_prompts": len(FREE_PROMPTS)} | scores
     beside = train.images(nearest)
-    pictures = [[drawn.picture(i), to_picture(beside[i])] for i in range(len(nearest))]
-    grid(cfg.assets / "grid_free.png", list(FREE_PROMPTS), pictures, columns=6)
+    cells = [[images.image(i), to_image(beside[i])] for i in range(len(nearest))]
+    save_figure(grid(list(FREE_PROMPTS), cells, columns=6), cfg.assets / "grid_free.png")
     settings = read_json(cfg.assets / "teacher.json") | {"guidance_scale": guidance}
     write_json(cfg.assets / "teacher.json", settings)
     write_json(cfg.assets / "metrics.json", rounded(found))

