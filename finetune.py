@@ -143,7 +143,7 @@ def finetune_expert(
     for step in bar:
         draw = step_generator(cfg.seed, f"finetune {i}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
-        _, latents, text = data.batch(pick)
+        latents, text = data.batch(pick)
         dropped = torch.rand(len(pick), generator=draw) < cfg.caption_dropout
         text = torch.where(dropped[:, None, None], empty, text)
         optimizer.zero_grad(set_to_none=True)

@@ -118,16 +118,3 @@ def load_moments(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """For `train.py` until it uses `Checkpoint`."""
-    return {f"optimizer/{name}": tensor for name, tensor in moments(optimizer).items()}
-
-
-def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """For `train.py` until it uses `Checkpoint`."""
-    own = {
-        k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")
-    }
-    load_moments(optimizer, own)

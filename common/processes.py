@@ -1,10 +1,12 @@
-"""Many processes, one batch: what `torchrun train.py` needs. App. E.2 trains on 16 GPUs.
+"""The device, and the processes that share a batch: `torchrun train.py`. App. E.2 uses 16 GPUs.
 
-Every process holds all prompt embeddings and draws the same random numbers, so each computes the
-router's part of a step for the whole batch: transport, contrastive loss and resource loss see every
-prompt, and no embedding is sent around. The U-Net's part is shared out by rows. What is summed over
-the processes is the image losses and their gradient with respect to the gates, (B, D) numbers; from
-there on every process takes the same step, and their routers stay equal.
+Every process holds all prompt embeddings and the same random numbers, so each computes the router's
+part of a step for the whole batch. The U-Net's part is shared out by rows. The processes add up the
+image losses and their gradient with respect to the gates, (B, D) numbers. From there on every
+process takes the same step, and their routers stay equal.
+
+These are the few calls of `torch.distributed` that this needs; with one process they do nothing.
+(`accelerate.PartialState` would replace two of them, and it chooses the device by itself.)
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor, distributed
 
 from common.errors import UserError
 
+PATIENCE = timedelta(minutes=30)  # without a word from the others, before a process gives up
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is cuda, then mps, then cpu.
@@ -24,13 +28,8 @@ def pick_device(name: str) -> torch.device:
     Raises `UserError` for a device that this machine does not have.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, available in here.items() if available), "cpu")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
@@ -40,28 +39,21 @@ def pick_device(name: str) -> torch.device:
         ) from None
 
 
-PATIENCE = timedelta(minutes=30)  # without a word from the others, before a process gives up
-
-
 def start_processes(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started; nothing happens where there is only one.
-
-    Args:
-        device: `cuda` becomes the process's own GPU.
+    """Join the processes that torchrun started; `cuda` becomes the process's own GPU.
 
     Raises:
         UserError: there are fewer GPUs than processes on this machine.
     """
     if count() == 1:
         return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
             raise UserError(
                 f"--nproc_per_node is more than this machine's {torch.cuda.device_count()} GPUs; "
                 "start one process a GPU"
             )
-        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -70,9 +62,9 @@ def start_processes(device: torch.device) -> torch.device:
 
 
 def stop_processes() -> None:
-    """Leave the group, once every process has come here."""
+    """Leave the others, once every process has come here."""
+    wait()
     if distributed.is_initialized():
-        distributed.barrier()
         distributed.destroy_process_group()
 
 
@@ -92,7 +84,7 @@ def own_rows(batch_size: int) -> Tensor:
 
 
 def wait() -> None:
-    """Come together: nobody goes on before all are here."""
+    """Go on once all processes have come here."""
     if distributed.is_initialized():
         distributed.barrier()
 
@@ -102,18 +94,3 @@ def add_up(*tensors: Tensor) -> None:
     if distributed.is_initialized():
         for tensor in tensors:
             distributed.all_reduce(tensor)
-
-
-def everybodys(values: Tensor, own: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """Whole numbers of which each process knows those of its own rows, (b,) -> all, (B,).
-
-    Args:
-        values: at `own`, (b,).
-        own: this process's rows, (b,).
-        batch_size: B.
-        device: where the processes talk.
-    """
-    everything = torch.zeros(batch_size, dtype=values.dtype, device=device)
-    everything[own.to(device)] = values.to(everything)
-    add_up(everything)
-    return everything.cpu()

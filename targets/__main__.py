@@ -1,28 +1,24 @@
 """Describes a target, or fetches its official files.
 
 python -m targets coco --data-dir D               # what is there, and whether it can be read
-python -m targets coco --data-dir D --verify      # reads every image
+python -m targets coco --data-dir D --verify      # checks every image again
 python -m targets coco --data-dir D --download    # fetches the official archives, or goes on
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from common.errors import UserError, command_line
+from targets.decoding import forget_checks
 from targets.download import FILES, download
-from targets.images import Unreadable, check_target, load_target, spread, workers
+from targets.images import CaptionedImages, check_target, drop_unreadable, find_target, spread
 
 QUICK_CHECK = 1000  # images
-
-
-# ---- python -m targets ----
 
 
 @dataclass(frozen=True)
@@ -36,30 +32,18 @@ class Config:
     download: bool = False
     """Fetch the official files of coco or cc3m to --data-dir; a stopped download goes on."""
     verify: bool = False
-    """Read every image instead of a thousand."""
+    """Check every image, those checked before as well, instead of a thousand."""
 
 
-def describe(cfg: Config, split: str) -> None:
-    """Print what a split holds, and read some of its images or all."""
-    data = load_target(cfg.target, split, data_dir=cfg.data_dir)
-    _, first = np.unique(data.pictures, return_index=True)  # a row of each image
-    rows = first if cfg.verify else first[spread(len(first), QUICK_CHECK)]
-
-    def check(row: int) -> None:
-        try:
-            data.read(row)
-        except Unreadable as error:
-            data.skipped[int(data.pictures[row])] = str(error)
-
-    bar = tqdm(total=len(rows), desc=f"reading {split}", unit="image", leave=False)
-    with bar, ThreadPoolExecutor(workers()) as pool:
-        for start in range(0, len(rows), QUICK_CHECK):
-            for _ in pool.map(check, rows[start : start + QUICK_CHECK].tolist()):
-                bar.update()
+def describe(data: CaptionedImages, split: str, verify: bool) -> None:
+    """Print what a split holds, and whether some of its images can be read, or all."""
+    _, first = np.unique(data.image_ids, return_index=True)  # a row of each image
+    rows = first[spread(len(first), None if verify else QUICK_CHECK)].tolist()
+    skipped = drop_unreadable(data.take(rows)).skipped
     print(f"{split}: {len(first):,} images, e.g. {data.captions[0][:80]!r}")
-    print(f"  read {len(rows):,} of them; {data.report()}")
-    for picture in sorted(data.skipped) if cfg.verify else ():
-        print(f"  unreadable: {data.skipped[picture]}")
+    print(f"  checked {len(rows):,} of them; {replace(data, skipped=skipped).report()}")
+    for image_id in sorted(skipped) if verify else ():
+        print(f"  unreadable: {skipped[image_id]}")
 
 
 def main() -> None:
@@ -72,9 +56,15 @@ def main() -> None:
                 f"folders need no download"
             )
         download(cfg.target, cfg.data_dir)
-    else:
-        for split in ("train", "validation"):
-            describe(cfg, split)
+        return
+    splits = {
+        split: find_target(cfg.target, split, data_dir=cfg.data_dir)
+        for split in ("train", "validation")
+    }
+    if cfg.verify:
+        forget_checks(splits["train"].name)
+    for split, data in splits.items():
+        describe(data, split, cfg.verify)
 
 
 if __name__ == "__main__":

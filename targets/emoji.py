@@ -41,6 +41,7 @@ PHRASINGS = (  # the teacher knows all of them; a target's rows use the first tw
     "{thing}",
 )
 
+TARGET_PHRASINGS = (*PHRASINGS[:2], PHRASINGS[4])  # the captions of a drawing that a target knows
 KEYWORD_PHRASINGS = (  # what else the teacher learns about a drawing, in either style
     "{0}",
     "{0} and {1}",

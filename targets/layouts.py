@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from common.errors import UserError
+from targets.decoding import Photographs
 from targets.shards import read_shards
 
 MAX_CAPTION_CHARACTERS = 10_000  # far beyond what any text encoder reads
@@ -51,45 +52,43 @@ CC3M_SHARD = 10_000  # rows a folder, img2dataset's default
 
 
 @dataclass(frozen=True)
-class Rows:
+class CaptionedFiles:
     """One split: a caption a row, and the number of the image that it shows."""
 
     captions: list[str]
-    pictures: np.ndarray  # (rows,) int64
-    open: Callable[[int], BinaryIO]  # an image's number -> its file
-    label: Callable[[int], str]  # an image's number -> what messages call it
+    image_ids: np.ndarray  # (rows,) int64
+    photographs: Photographs  # by image_ids
     notes: Counter[str]  # why rows were left out or changed -> how many
 
 
 def gather(
     pairs: Iterable[tuple[int | None, str]],
-    open_image: Callable[[int], BinaryIO],
-    label: Callable[[int], str],
+    photographs: Photographs,
     source: Path,
     notes: Counter[str] | None = None,
-) -> Rows:
-    """Rows of (image's number, caption); the number is None where the image is missing.
+) -> CaptionedFiles:
+    """A row for each (image's number, caption); the number is None where the image is missing.
 
     Raises:
         UserError: no row is left.
     """
-    captions, pictures, notes = [], array("q"), Counter(notes or {})
-    for picture, text in pairs:
+    captions, image_ids, notes = [], array("q"), Counter(notes or {})
+    for image_id, text in pairs:
         # a lone surrogate, which JSON can spell, would stop a tokenizer
         caption = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
-        if picture is None:
+        if image_id is None:
             notes["image missing"] += 1
         elif not caption:
             notes["caption empty"] += 1
         else:
             notes["caption clipped"] += len(caption) > MAX_CAPTION_CHARACTERS
             captions.append(caption[:MAX_CAPTION_CHARACTERS])
-            pictures.append(picture)
+            image_ids.append(image_id)
     notes = +notes  # without zeros
     if not captions:
         why = ", ".join(f"{reason}: {count:,}" for reason, count in notes.items())
         raise UserError(f"{source} gives no captioned images ({why or 'it has no rows'})")
-    return Rows(captions, np.frombuffer(pictures, np.int64), open_image, label, notes)
+    return CaptionedFiles(captions, np.frombuffer(image_ids, np.int64), photographs, notes)
 
 
 def missing(target: str, what: str, data_dir: Path) -> UserError:
@@ -149,13 +148,25 @@ def those_there(folder: Path, names: list[str]) -> list[bool]:
     return there
 
 
-def open_file(path: Path) -> BinaryIO:
-    if not path.is_file():  # a pipe would block for ever
-        raise FileNotFoundError("no such file")
-    return path.open("rb")
+def files_at(path: Callable[[int], Path], label: Callable[[int], str]) -> Photographs:
+    """Photographs that are files of their own, by number."""
+
+    def open_file(image_id: int) -> BinaryIO:
+        if not path(image_id).is_file():  # a pipe would block for ever
+            raise FileNotFoundError("no such file")
+        return path(image_id).open("rb")
+
+    def stamp(image_id: int) -> str:
+        try:
+            stat = path(image_id).stat()
+        except OSError:
+            return "no such file"
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    return Photographs(open_file, label, stamp)
 
 
-def coco_rows(data_dir: Path, split: str) -> Rows:
+def read_coco(data_dir: Path, split: str) -> CaptionedFiles:
     """COCO 2014, a row a caption, in the file's order. Raises `UserError`."""
     folder = data_dir / COCO[split]
     path = data_dir / "annotations" / f"captions_{COCO[split]}.json"
@@ -169,8 +180,7 @@ def coco_rows(data_dir: Path, split: str) -> Rows:
         number = {image["id"]: k for k, image in enumerate(content["images"]) if there[k]}
         return gather(
             ((number.get(note["image_id"]), note["caption"]) for note in content["annotations"]),
-            lambda k: open_file(folder / files[k]),
-            lambda k: f"{folder.name}/{files[k]}",
+            files_at(lambda k: folder / files[k], lambda k: f"{folder.name}/{files[k]}"),
             path,
         )
     except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
@@ -184,31 +194,27 @@ def coco_rows(data_dir: Path, split: str) -> Rows:
         ) from None
 
 
-def cc3m_rows(data_dir: Path, split: str) -> Rows:
+def read_cc3m(data_dir: Path, split: str) -> CaptionedFiles:
     """CC3M from shards where there are any, otherwise TSV and image folder. Raises `UserError`."""
     folder, path = data_dir / split, data_dir / CC3M[split]
     shards = sorted(folder.glob("*.tar"))
     if shards:
-        captions, open_image, label, notes = read_shards(shards)
-        return gather(enumerate(captions), open_image, label, folder, notes)
+        captions, photographs, notes = read_shards(shards)
+        return gather(enumerate(captions), photographs, folder, notes)
     if not path.exists():
         raise missing("cc3m", f"{split}/*.tar or {CC3M[split]}", data_dir)
     if not folder.is_dir():
         raise missing("cc3m", f"{split}/ with the images of {CC3M[split]}", data_dir)
 
-    def stem(row: int) -> Path:
-        return folder / f"{row // CC3M_SHARD:05d}" / f"{row:09d}"
+    def image(row: int) -> Path:
+        return folder / f"{row // CC3M_SHARD:05d}" / f"{row:09d}.jpg"
 
-    return gather(
-        tsv_pairs(path, stem),
-        lambda row: open_file(stem(row).with_suffix(".jpg")),
-        lambda row: str(stem(row).with_suffix(".jpg").relative_to(data_dir)),
-        path,
-    )
+    photographs = files_at(image, lambda row: str(image(row).relative_to(data_dir)))
+    return gather(tsv_pairs(path, image), photographs, path)
 
 
-def tsv_pairs(path: Path, stem: Callable[[int], Path]) -> Iterator[tuple[int | None, str]]:
-    """Row number (None without an image) and caption of each line; `stem` is a row's image."""
+def tsv_pairs(path: Path, image: Callable[[int], Path]) -> Iterator[tuple[int | None, str]]:
+    """Row number (None without an image) and caption of each line; `image` is a row's file."""
     row, checked = 0, False
     names: set[str] = set()
     for number, line in utf8_lines(path):
@@ -218,10 +224,10 @@ def tsv_pairs(path: Path, stem: Callable[[int], Path]) -> Iterator[tuple[int | N
         if not tab:
             raise UserError(f"{path}, line {number}: there is no tab between caption and url")
         if row % CC3M_SHARD == 0:
-            names, checked = listed(stem(row).parent), False
+            names, checked = listed(image(row).parent), False
         there = f"{row:09d}.jpg" in names
         if there and not checked and f"{row:09d}.txt" in names:
-            checked, text = True, stem(row).with_suffix(".txt")
+            checked, text = True, image(row).with_suffix(".txt")
             if letters(text.read_text("utf-8", "replace")) != letters(caption):
                 raise UserError(
                     f"{text} is not the caption in line {number} of {path}: the images belong to "
@@ -235,7 +241,7 @@ def letters(text: str) -> str:
     return re.sub(r"\W", "", text)
 
 
-def folder_rows(folder: Path, split: str) -> Rows:
+def read_folder(folder: Path, split: str) -> CaptionedFiles:
     """A folder in Hugging Face's imagefolder layout. Raises `UserError`."""
     base = folder
     given = all((folder / part / "metadata.jsonl").exists() for part in ("train", "validation"))
@@ -277,8 +283,7 @@ def folder_rows(folder: Path, split: str) -> Rows:
             for k, text in zip(shown, texts, strict=True)
             if wanted[k]
         ),
-        lambda k: open_file(base / names[k]),
-        lambda k: names[k],
+        files_at(lambda k: base / names[k], lambda k: names[k]),
         path,
     )
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from common.cache import cache_folder
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
+from targets.decoding import Photographs
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")  # what img2dataset writes
 
@@ -31,17 +31,15 @@ MAX_CAPTION_BYTES = 2**20  # of a key.txt
 MAX_IMAGE_BYTES = 2**28  # an image is read whole
 
 
-def read_shards(
-    shards: list[Path],
-) -> tuple[list[str], Callable[[int], BinaryIO], Callable[[int], str], Counter[str]]:
-    """A row each `key.txt` that has a `key.jpg`, in the shards' order.
+def read_shards(shards: list[Path]) -> tuple[list[str], Photographs, Counter[str]]:
+    """A row for each `key.txt` that has a `key.jpg`, in the shards' order.
 
     Returns:
-        The captions; what opens a row's image; what messages call it; what was left out and why.
+        The captions; the images, by row; what was left out and why.
     """
     notes: Counter[str] = Counter()
     captions: list[str] = []
-    places = []
+    places, stamps = [], []
     for path in tqdm(shards, desc="shard indexes", unit="tar", leave=False):
         index, meta = shard_index(path)
         notes.update(meta["notes"])
@@ -50,6 +48,7 @@ def read_shards(
             captions.append(text[start:end].decode("utf-8"))
             start = end
         places.append(index["place"].numpy())  # (samples, 2)
+        stamps.append("{size} {mtime_ns}".format(**meta["stamp"]))
     shard_of = np.repeat(np.arange(len(shards)), [len(place) for place in places])
     place = np.concatenate(places)
 
@@ -64,7 +63,7 @@ def read_shards(
     def label(row: int) -> str:
         return f"{shards[shard_of[row]].name} at byte {place[row, 0]:,}"
 
-    return captions, open_image, label, notes
+    return captions, Photographs(open_image, label, lambda row: stamps[shard_of[row]]), notes
 
 
 def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,9 +25,6 @@ IN_MEMORY = 2**30  # bytes of latents, and of text states, that are encoded up f
 PART = 4096  # latents a file of the cache: 67 MB at 256 px
 
 
-# ---- a target as the U-Net reads it ----
-
-
 @dataclass(frozen=True)
 class OnDemand:
     """Rows that are made when they are asked for; `rows[numbers]`, as of a tensor of all."""
@@ -41,21 +38,14 @@ class OnDemand:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A target's rows, on the CPU.
-
-    An image that cannot be decoded has no latents: the next readable row takes its row's place,
-    caption included. `batch` says which rows were used; where latents are made on demand, that is
-    known only once they were asked for, so `latents[rows]` comes before `text[rows]`.
-    """
+    """A target's rows, on the CPU."""
 
     latents: Tensor | OnDemand  # [rows] -> (B, C, h, w), float32
     text: Tensor | OnDemand  # [rows] -> (B, tokens, width), text states in the teacher's precision
-    used: Tensor  # (rows,), the row itself or what stands in for it
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (B,) -> the rows used instead, their latents and their text states."""
-        latents = self.latents[rows]
-        return self.used[rows], latents, self.text[rows]
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B,) -> their latents and their text states."""
+        return self.latents[rows], self.text[rows]
 
 
 def encode_target(
@@ -77,62 +67,50 @@ def encode_target(
     config, tokenizer = teacher.unet.config, teacher.pipe.tokenizer
     of_latents = 4 * config.in_channels * teacher.latent_size**2  # bytes a row
     of_text = teacher.dtype.itemsize * tokenizer.model_max_length * config.cross_attention_dim
-    used = torch.arange(len(data))
     batch = batch or max(1, min(64, 2**20 // teacher.resolution**2))
 
     def text_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for rows in batches:
-            yield teacher.encode_text([data.captions[row] for row in used[rows].tolist()]).cpu()
+            yield teacher.encode_text([data.captions[row] for row in rows.tolist()]).cpu()
 
     if not cache_latents and len(data) * of_latents > in_memory:
 
         def latents_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-            for rows, (images, given) in zip(batches, data.batches(batches), strict=True):
-                used[rows] = given
+            for images in data.batches(batches):
                 yield teacher.encode_images(images).cpu()
 
-        return Encoded(OnDemand(latents_of, batch), OnDemand(text_of, batch), used)
+        return Encoded(OnDemand(latents_of, batch), OnDemand(text_of, batch))
 
-    latents = image_latents(teacher, data, used, cache_latents, batch)
+    latents = image_latents(teacher, data, cache_latents, batch)
     if len(data) * of_text > in_memory:
-        return Encoded(latents, OnDemand(text_of, batch), used)
+        return Encoded(latents, OnDemand(text_of, batch))
     batches = torch.arange(len(data)).split(batch)
     bar = tqdm(text_of(batches), total=len(batches), desc="encoding captions", unit="batch")
-    return Encoded(latents, torch.cat(list(bar)), used)
+    return Encoded(latents, torch.cat(list(bar)))
 
 
 def image_latents(
-    teacher: Teacher, data: CaptionedImages, used: Tensor, cache_latents: bool, batch: int
+    teacher: Teacher, data: CaptionedImages, cache_latents: bool, batch: int
 ) -> Tensor | OnDemand:
-    """All latents of a target, each image encoded once; `used` learns what could not be decoded."""
-    _, firsts, numbers = np.unique(data.pictures, return_index=True, return_inverse=True)
-    shown, picture = data.take(firsts.tolist()), torch.from_numpy(numbers)  # (images), (rows,)
+    """All latents of a target, each image encoded once."""
+    _, firsts, numbers = np.unique(data.image_ids, return_index=True, return_inverse=True)
+    shown, image_of = data.take(firsts.tolist()), torch.from_numpy(numbers)  # (images), (rows,)
 
     def encode(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for rows, (images, given) in zip(batches, shown.batches(batches), strict=True):
-            latents = teacher.encode_images(images).cpu()
-            latents[given != rows] = torch.nan  # another image's
-            yield latents
+        for images in shown.batches(batches):
+            yield teacher.encode_images(images).cpu()
 
-    batches = torch.arange(len(shown)).split(batch)
-    if cache_latents:
-        place = f"latents-{latents_key(teacher, data)}"
-        what = "encoding images"
-        parts = kept_rows(place, len(shown), encode, part=PART, batch=batch, what=what)
-    else:
-        bar = tqdm(encode(batches), total=len(batches), desc="encoding images", unit="batch")
-        parts = [torch.cat(list(bar))]
-    known = torch.cat([~part[:, 0, 0, 0].isnan() for part in parts])  # (images,)
-    for number in data.pictures[firsts[~known.numpy()]].tolist():
-        data.skipped[number] = shown.skipped.get(number, f"image {number} cannot be decoded")
-    readable = known[picture].nonzero().flatten()
-    used.copy_(readable[torch.searchsorted(readable, used) % len(readable)])
     if not cache_latents:
-        return parts[0][picture[used]]
+        batches = torch.arange(len(shown)).split(batch)
+        bar = tqdm(encode(batches), total=len(batches), desc="encoding images", unit="batch")
+        return torch.cat(list(bar))[image_of]
+
+    place, what = f"latents-{latents_key(teacher, data)}", "encoding images"
+    parts = kept_rows(place, len(shown), encode, part=PART, batch=batch, what=what)
 
     def rows_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for rows in batches:
-            places = picture[used[rows]].tolist()
+            places = image_of[rows].tolist()
             yield torch.stack([parts[place // PART][place % PART] for place in places])
 
     return OnDemand(rows_of, PART)
@@ -140,7 +118,7 @@ def image_latents(
 
 def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
     """Names the latents of a target: by autoencoder, size, rows and a few of the images' pixels."""
-    pixels = data.batch(spread(len(data), 8))[0].numpy().tobytes()
+    pixels = data.images(spread(len(data), 8)).numpy().tobytes()
     weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
-    digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.pictures.tobytes())]
+    digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.image_ids.tobytes())]
     return rows_key(data.name, weights, *digests, lines=data.captions)

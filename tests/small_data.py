@@ -6,7 +6,9 @@ back from decoded pixels, so that a caption beside the wrong image is noticed.
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +30,25 @@ def number_in(image: Tensor | np.ndarray) -> int:
     return round((red - 20) / 12) + 16 * round((green - 20) / 12)
 
 
-def picture(k: int, size: tuple[int, int] = (40, 30)) -> bytes:
+def jpeg(k: int, size: tuple[int, int] = (40, 30)) -> bytes:
     """A JPEG in the colour of k."""
     file = io.BytesIO()
     Image.new("RGB", size, colour(k)).save(file, "JPEG", quality=95)
     return file.getvalue()
+
+
+def png_of(width: int, height: int, mode: bytes = b"\x01\x00") -> bytes:
+    """A PNG whose header promises so many pixels (one bit each), without them."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    header = struct.pack(">II", width, height) + mode + b"\x00\x00\x00"
+    data = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -48,7 +64,7 @@ def make_coco(folder: Path, images: int = 12, captions: int = 2, validation: int
     ):
         names = {k: f"COCO_{year}_{k:012d}.jpg" for k in numbers}
         for k, name in names.items():
-            write(folder / year / name, picture(k))
+            write(folder / year / name, jpeg(k))
         notes = [
             {"id": 100 * j + k, "image_id": 1000 + k, "caption": f"picture {k}, caption {j}\n"}
             for j in range(captions)
@@ -71,7 +87,7 @@ def make_tsv(folder: Path, rows: int = 8) -> None:
         lines = [f"picture {k} , by the sea\thttp://example.com/{k}.jpg\n" for k in range(rows)]
         write(folder / name, "".join(lines))
         for k in range(rows):
-            write(folder / split / "00000" / f"{k:09d}.jpg", picture(k))
+            write(folder / split / "00000" / f"{k:09d}.jpg", jpeg(k))
             write(folder / split / "00000" / f"{k:09d}.txt", f"picture {k} , by the sea")
 
 
@@ -88,7 +104,7 @@ def sample(k: int) -> dict[str, bytes]:
     """A shard's files for row k, in img2dataset's order."""
     key, caption = f"{k:09d}", f"picture {k}, in a shard"
     meta = json.dumps({"key": key, "caption": caption, "status": "success"})
-    return {f"{key}.jpg": picture(k), f"{key}.json": meta.encode(), f"{key}.txt": caption.encode()}
+    return {f"{key}.jpg": jpeg(k), f"{key}.json": meta.encode(), f"{key}.txt": caption.encode()}
 
 
 def make_shards(folder: Path, rows: int = 8, rows_each: int = 3) -> None:
@@ -106,4 +122,4 @@ def make_folder(folder: Path, rows: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows]
     write(folder / "metadata.jsonl", "".join(lines))
     for name in {name for name, _ in rows}:
-        write(folder / name, picture(int(Path(name).stem)))
+        write(folder / name, jpeg(int(Path(name).stem)))

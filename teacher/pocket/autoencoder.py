@@ -1,8 +1,8 @@
-"""The pocket teacher's autoencoder: its shape, what it is trained for, how well it rebuilds.
+"""The pocket teacher's autoencoder: its shape, its loss, its reconstruction error.
 
-Pixels, their differences and their squares are compared; a penalty keeps latents near zero mean
-and, over all channels, unit variance, so that the pipeline needs no scale of its own. Noise on the
-latents is meant to keep details out of their last digits, which a U-Net cannot predict.
+The loss compares pixels and image gradients. A penalty keeps the latents' mean near 0 and, over all
+channels, their variance near 1, so that the pipeline needs no scaling factor. Noise on the latents
+keeps details out of their last digits, which a U-Net cannot predict.
 """
 
 from __future__ import annotations
@@ -35,16 +35,10 @@ VAE_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What the autoencoder's losses weigh."""
+    """The weights of the autoencoder's loss."""
 
     latent_noise: float = 0.5
-    """Noise on latents while the autoencoder is trained: up to this deviation, drawn an image."""
-    coarse_weight: float = 0.5
-    """Weight of the reconstruction at half the size from latents at half the size.
-
-    Meant to give neighbours something in common, as an image's have (Kouzelis et al. 2025, EQ-VAE).
-    What it brings here is unproven: it came late in training and changed the latents little.
-    """
+    """Noise on latents in training: its deviation is uniform up to this, one for each image."""
     moment_weight: float = 0.1
     """Weight of the divergence of the latents' means and mean variance from 0 and 1."""
     edge_weight: float = 0.3
@@ -58,14 +52,14 @@ def mixed_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def augment(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Images (B, 3, H, H), each mirrored or not and turned by a multiple of 90 degrees.
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, H), each randomly mirrored and turned by a multiple of 90 degrees.
 
-    The autoencoder need not know what is shown, and 3,488 drawings are few.
+    The autoencoder need not know what an image shows, and 3,488 drawings are few.
     """
     turned = []
     for image in images:
-        mirror, turn = (int(torch.randint(n, (), generator=draw)) for n in (2, 4))
+        mirror, turn = (int(torch.randint(n, (), generator=generator)) for n in (2, 4))
         image = image.rot90(turn, (1, 2))
         turned.append(image.flip(2) if mirror else image)
     return torch.stack(turned)
@@ -77,34 +71,25 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(
-    vae: AutoencoderDC, images: Tensor, draw: torch.Generator, cfg: Config
+    vae: AutoencoderDC, images: Tensor, generator: torch.Generator, cfg: Config
 ) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences, squares on pixels; the same, coarse; moments.
+    """The loss and its parts: L1 and squares on pixels, L1 on image gradients, moments.
 
-    The last term is KL(N(mean, v) || N(0, 1)) over channels, where v is the mean of their
+    The last part is KL(N(mean, v) || N(0, 1)) over channels, where v is the mean of their
     variances, so a channel that matters less may vary less.
     """
     with mixed_precision():
         latents = vae.encode(images).latents.float()
-        deviation = cfg.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=draw)
-        noise = deviation * torch.randn(latents.shape, generator=draw)
+        deviation = cfg.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        noise = deviation * torch.randn(latents.shape, generator=generator)
         output = vae.decode(latents + noise).sample.float()
-        halved = vae.decode(F.avg_pool2d(latents, 2)).sample.float()
-    small = F.avg_pool2d(images, 2)
-    coarse = F.l1_loss(halved, small) + cfg.square_weight * F.mse_loss(halved, small)
     pixel, square = F.l1_loss(output, images), F.mse_loss(output, images)
     across, down = (F.l1_loss(a, b) for a, b in zip(edges(output), edges(images), strict=True))
     variance, mean = torch.var_mean(latents, (0, 2, 3))  # (C,)
     overall = variance.mean()
     moments = (mean.square().mean() + overall - 1 - overall.log()) / 2
-    parts = {
-        "pixel": pixel,
-        "square": square,
-        "edge": across + down,
-        "coarse": coarse,
-        "moments": moments,
-    }
-    weights = (1.0, cfg.square_weight, cfg.edge_weight, cfg.coarse_weight, cfg.moment_weight)
+    parts = {"pixel": pixel, "square": square, "edge": across + down, "moments": moments}
+    weights = (1.0, cfg.square_weight, cfg.edge_weight, cfg.moment_weight)
     loss = torch.stack([w * part for w, part in zip(weights, parts.values(), strict=True)]).sum()
     return {"loss": loss} | parts
 

@@ -149,7 +149,7 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     torch.manual_seed(cfg.seed)
     vae = AutoencoderDC(**VAE_CONFIG).to(memory_format=torch.channels_last)
     training = Training(vae, cfg.out / "vae.safetensors", cfg.vae_ema_decay)
-    columns = ["loss", "pixel", "square", "edge", "coarse", "moments"]
+    columns = ["loss", "pixel", "square", "edge", "moments"]
     log = MetricsLog(cfg.out / "vae.csv", columns, training.step)
     bar = trange(
         training.step,
@@ -161,9 +161,9 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
     )
     for step in bar if not cfg.export else []:
         rows = batch_rows(len(data), cfg.vae_batch_size, cfg.seed, step)
-        draw = step_generator(cfg.seed, "vae", step)
-        images = augment(data.images(rows), draw).to(memory_format=torch.channels_last)
-        losses = vae_loss(vae, images, draw, cfg)
+        generator = step_generator(cfg.seed, "vae", step)
+        images = augment(data.images(rows), generator).to(memory_format=torch.channels_last)
+        losses = vae_loss(vae, images, generator, cfg)
         training.update(losses["loss"], learning_rate(step, cfg.vae_steps, cfg.vae_lr), len(rows))
         log.write(step, {name: losses[name].item() for name in columns})
         bar.set_postfix({name: f"{losses[name].item():.4f}" for name in columns}, refresh=False)
@@ -186,13 +186,13 @@ class TrainingSet:
     choices: Tensor  # (rows, most captions of a row), numbers of captions, 0 after its last
     count: Tensor  # (rows,), captions of a row
 
-    def captions(self, rows: Tensor, dropout: float, draw: torch.Generator) -> Tensor:
+    def captions(self, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
         """One of each row's captions at random, or, now and then, the empty one: numbers (B,)."""
-        pick = (torch.rand(len(rows), generator=draw) * self.count[rows]).long()
+        pick = (torch.rand(len(rows), generator=generator) * self.count[rows]).long()
         numbers = self.choices[rows, pick]
-        return numbers.where(torch.rand(len(rows), generator=draw) >= dropout, 0)
+        return numbers.where(torch.rand(len(rows), generator=generator) >= dropout, 0)
 
-    def states(self, captions: Tensor, cfg: Config, draw: torch.Generator) -> Tensor:
+    def states(self, captions: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
         """Text states of captions (B,), (B, tokens, 384), made harder to learn by heart.
 
         Some states, or all, give way to the sentence state; where all do, it moves towards the one
@@ -200,18 +200,18 @@ class TrainingSet:
         """
         B = len(captions)
         states = self.text[captions].float()
-        pick, share = torch.rand(2, B, 1, 1, generator=draw)
+        pick, share = torch.rand(2, B, 1, 1, generator=generator)
         alone, whole = pick < cfg.sentence_share, pick >= 2 * cfg.sentence_share
         share = share.masked_fill(alone, 1).masked_fill(whole, 0)
-        replaced = torch.rand(B, states.shape[1], 1, generator=draw) < share
+        replaced = torch.rand(B, states.shape[1], 1, generator=generator) < share
         sentence = states[:, 0]
         direction = F.normalize(sentence, dim=-1)
         alike = direction @ direction.T  # (B, B)
         alike = alike.masked_fill(captions[:, None] == captions[None], -1)
-        way = 0.5 * torch.rand(B, 1, generator=draw) * (alone[:, 0] & (captions[:, None] > 0))
+        way = 0.5 * torch.rand(B, 1, generator=generator) * (alone[:, 0] & (captions[:, None] > 0))
         vague = sentence.lerp(sentence[alike.argmax(1)], way)
         states = torch.where(replaced, vague[:, None], states)
-        return states + cfg.text_noise * torch.randn(states.shape, generator=draw)
+        return states + cfg.text_noise * torch.randn(states.shape, generator=generator)
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     drawings = split_drawings("train")
     lines = [  # names in 20 to 28 places, keywords in 6
         captions_of(drawings[number]) * 4 + keyword_captions(drawings[number])
-        for number in data.pictures
+        for number in data.image_ids
     ]
     choices = [torch.tensor([places.setdefault(x, len(places)) for x in row]) for row in lines]
     captions = list(places)
@@ -238,9 +238,9 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     return TrainingSet(latents, text, nn.utils.rnn.pad_sequence(choices, batch_first=True), count)
 
 
-def draw_timesteps(count: int, T: int, cfg: Config, draw: torch.Generator) -> Tensor:
+def sample_timesteps(count: int, T: int, cfg: Config, generator: torch.Generator) -> Tensor:
     """Timesteps (count,) in 0 .. T - 1, the noisy ones more often."""
-    anywhere, late, pick = torch.rand(3, count, generator=draw)
+    anywhere, late, pick = torch.rand(3, count, generator=generator)
     share = torch.where(pick < cfg.noisy_share, 0.7 + 0.3 * late, anywhere)
     return (T * share).long().clamp(max=T - 1)
 
@@ -275,15 +275,15 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
             training.step, cfg.unet_steps, initial=training.step, total=cfg.unet_steps, desc="U-Net"
         )
         for step in bar:
-            draw = step_generator(cfg.seed, "unet", step)
+            generator = step_generator(cfg.seed, "unet", step)
             rows = batch_rows(len(data), cfg.unet_batch_size, cfg.seed, step)
-            captions = encoded.captions(rows, cfg.caption_dropout, draw)
+            captions = encoded.captions(rows, cfg.caption_dropout, generator)
             x0 = encoded.latents[rows]  # (B, C, 8, 8)
-            noise = torch.randn(x0.shape, generator=draw)
-            t = draw_timesteps(len(rows), schedule.config.num_train_timesteps, cfg, draw)
+            noise = torch.randn(x0.shape, generator=generator)
+            t = sample_timesteps(len(rows), schedule.config.num_train_timesteps, cfg, generator)
             with mixed_precision():
                 prediction = unet(
-                    schedule.add_noise(x0, noise, t), t, encoded.states(captions, cfg, draw)
+                    schedule.add_noise(x0, noise, t), t, encoded.states(captions, cfg, generator)
                 ).sample
             loss = F.mse_loss(prediction.float(), schedule.get_velocity(x0, noise, t))
             training.update(loss, learning_rate(step, cfg.unet_steps, cfg.unet_lr), len(rows))

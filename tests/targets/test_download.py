@@ -355,7 +355,7 @@ def test_killed_while_it_downloads_it_goes_on(coco, server, tmp_path):
     """SIGKILL within train2014.zip; the second call fetches only the rest."""
     plan = [vars(remote) for remote in FILES["coco"]]
     script = (
-        "import json, sys; from pathlib import Path; import download as d; d.CHUNK = 4096; "
+        "import json, sys; from pathlib import Path; import targets.download as d; d.CHUNK = 4096; "
         "d.FILES['coco'] = tuple(d.RemoteFile(**r) for r in json.loads(sys.argv[1])); "
         "d.download('coco', Path(sys.argv[2]))"
     )

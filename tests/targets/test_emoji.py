@@ -129,7 +129,7 @@ def test_rows_carry_their_style_and_group(drawings):
     assert data.styles == [drawing.style for drawing in held_out]
     assert data.groups == [drawing.group for drawing in held_out]
     assert all(style in caption for style, caption in zip(data.styles, data.captions, strict=True))
-    assert sorted(data.pictures) == list(range(len(data)))
+    assert sorted(data.image_ids) == list(range(len(data)))
 
 
 def test_other_sizes_are_rendered_when_read():
@@ -145,7 +145,7 @@ def test_other_sizes_are_rendered_when_read():
         assert distance.argmin() == row
 
 
-def test_a_damaged_cache_is_drawn_again(drawings, tmp_path, monkeypatch):
+def test_a_damaged_cache_is_rendered_again(drawings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     few = drawings[:3]
     once = np.array(emoji_pixels(few))
@@ -156,5 +156,5 @@ def test_a_damaged_cache_is_drawn_again(drawings, tmp_path, monkeypatch):
         path.write_bytes(damaged)
         assert np.array_equal(emoji_pixels(few), once)
         assert path.read_bytes() == whole
-    monkeypatch.setattr(emoji, "render", None)  # from now on, nothing is drawn
+    monkeypatch.setattr(emoji, "render", None)  # from now on, nothing is rendered
     assert np.array_equal(emoji_pixels(few), once)

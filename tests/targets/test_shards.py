@@ -4,7 +4,7 @@ import os
 import tarfile
 
 import pytest
-from small_data import BROKEN, make_shard, make_shards, number_in, picture, sample
+from small_data import BROKEN, jpeg, make_shard, make_shards, number_in, sample
 
 from common.errors import UserError
 from targets import shards
@@ -26,10 +26,10 @@ def test_every_caption_is_beside_its_image(tmp_path):
     make_shards(tmp_path, rows=8, rows_each=3)
     paths = sorted((tmp_path / "train").glob("*.tar"))
     assert len(paths) == 3
-    captions, open_image, label, notes = read_shards(paths)
+    captions, images, notes = read_shards(paths)
     assert captions == [f"picture {k}, in a shard" for k in range(8)] and not notes
-    assert [open_image(k).read() for k in range(8)] == [picture(k) for k in range(8)]
-    assert label(4).startswith("00001.tar at byte ")
+    assert [images.open(k).read() for k in range(8)] == [jpeg(k) for k in range(8)]
+    assert images.label(4).startswith("00001.tar at byte ")
 
 
 def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path, cache):
@@ -58,7 +58,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     del files["000000000.txt"], files["000000001.jpg"]
     files["000000002.txt"] = b"caf\xe9"
     files["000000003.txt"] = b"\n"
-    files |= {"README": b"no sample", "a.b/000000009.JPG": picture(9), "a.b/000000009.txt": b"last"}
+    files |= {"README": b"no sample", "a.b/000000009.JPG": jpeg(9), "a.b/000000009.txt": b"last"}
     make_shard(tmp_path / "train" / "x.tar", files)
     data = load_target("cc3m", "train", data_dir=tmp_path)
     assert data.captions == ["picture 4, in a shard", "last"]
@@ -102,18 +102,32 @@ def test_no_whole_sample_at_all(tmp_path):
         load_target("cc3m", "train", data_dir=tmp_path)
 
 
-def test_an_unreadable_image_in_a_shard_is_skipped(tmp_path, monkeypatch):
+def test_an_unreadable_image_in_a_shard_is_skipped(tmp_path):
     files = sample(0) | sample(1) | sample(2)
     files["000000001.jpg"] = BROKEN
     make_shard(tmp_path / "train" / "0.tar", files)
     data = load_target("cc3m", "train", data_dir=tmp_path)
-    images, rows = data.batch([0, 1, 2])
-    assert rows.tolist() == [0, 2, 2] and [number_in(image) for image in images] == [0, 2, 2]
-    assert data.skipped[1].startswith("0.tar at byte ")
+    assert data.captions == ["picture 0, in a shard", "picture 2, in a shard"]
+    assert [number_in(image) for image in data.images([0, 1])] == [0, 2]
+    assert data.image_ids.tolist() == [0, 2] and data.skipped[1].startswith("0.tar at byte ")
+
+
+def test_a_mended_shard_is_checked_again(tmp_path):
+    path = tmp_path / "train" / "0.tar"
+    files = sample(0) | sample(1)
+    make_shard(path, files | {"000000001.jpg": BROKEN.ljust(len(files["000000001.jpg"]))})
+    before = path.stat()
+    assert len(load_target("cc3m", "train", data_dir=tmp_path)) == 1
+    make_shard(path, files)  # of the same size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert len(load_target("cc3m", "train", data_dir=tmp_path)) == 2
+
+
+def test_an_enormous_image_is_not_read(tmp_path, monkeypatch):
+    make_shard(tmp_path / "train" / "0.tar", sample(0))
     monkeypatch.setattr(shards, "MAX_IMAGE_BYTES", 10)
-    huge = load_target("cc3m", "train", data_dir=tmp_path)
     with pytest.raises(UserError, match="bytes are more than 10"):
-        huge.batch([0])
+        load_target("cc3m", "train", data_dir=tmp_path)
 
 
 def test_links_in_a_shard_are_no_files(tmp_path):

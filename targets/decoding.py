@@ -1,0 +1,157 @@
+"""Photographs as pixels, and those that cannot be decoded, found once. App. E.1.
+
+A photograph is turned as its EXIF data say, put on white where it is transparent, cropped in the
+centre to a square and resized with an antialiasing bicubic filter. Of an animation, the first frame
+counts.
+
+`find_unreadable` decodes every photograph of a split once. The cache keeps which of them failed and
+why, until a file has another size or time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from common.cache import cache_folder, rows_key
+from common.files import read_json, write_json
+from common.processes import count, rank, wait
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run other programs, or are rare
+
+MAX_PIXELS = 89_478_485  # of an image; Pillow's own limit
+
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the image's fault
+
+CHECK_PIXELS = 8  # a side, when an image is only checked: a JPEG is then decoded at an eighth
+
+PART = 4096  # images a file of the cache: a stopped check loses one part
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded; the text names it and says why."""
+
+
+def workers() -> int:
+    """Threads that decode: Pillow leaves Python's lock while it does."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, here or 1)
+
+
+# ---- one image ----
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The image files of a split, by number."""
+
+    open: Callable[[int], BinaryIO]
+    label: Callable[[int], str]  # what messages call it
+    stamp: Callable[[int], str]  # another one when the file has changed
+
+    def pixels(self, image_id: int, resolution: int) -> np.ndarray:
+        """An image, (resolution, resolution, 3) uint8. Raises `Unreadable`."""
+        try:
+            with self.open(image_id) as file:
+                return decode(file, resolution)
+        except Exception as error:  # a decoder may raise anything
+            if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOTHING_LEFT:
+                raise
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise Unreadable(f"{self.label(image_id)}: {why}") from None
+
+
+def decode(file: BinaryIO, resolution: int) -> np.ndarray:
+    """An image file as (resolution, resolution, 3) uint8; see the module's header."""
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} M"
+            )
+        # a JPEG of several times the size can be decoded at a fraction of it
+        image.draft(None, (2 * resolution, 2 * resolution))
+        ImageOps.exif_transpose(image, in_place=True)
+        size = (resolution, resolution)
+        return np.asarray(ImageOps.fit(on_white(image), size, Image.Resampling.BICUBIC))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency on white, 16-bit grey to its upper eight bits."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.max(initial=0) > 65535:
+            raise ValueError("32-bit pixels are not supported")
+        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels are not supported")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
+
+
+# ---- the images that cannot be decoded ----
+
+
+def checks_folder(name: str) -> Path:
+    """Where the results of `find_unreadable` for a target are kept."""
+    return cache_folder() / "unreadable" / name
+
+
+def forget_checks(name: str) -> None:
+    """Have a target's images checked anew the next time it is loaded."""
+    shutil.rmtree(checks_folder(name), ignore_errors=True)
+
+
+def find_unreadable(
+    photographs: Photographs, image_ids: Sequence[int], name: str
+) -> dict[int, str]:
+    """The images that cannot be decoded -> why, from the cache or into it.
+
+    Images are checked in parts, each a file: a stopped check goes on. Processes share the parts.
+
+    Args:
+        image_ids: which photographs to check.
+        name: of the target.
+    """
+    lines = (f"{photographs.label(k)} {photographs.stamp(k)}" for k in image_ids)
+    folder = checks_folder(name) / rows_key(PIL.__version__, lines=lines)
+    starts = range(0, len(image_ids), PART)
+    parts = {folder / f"{start:09d}.json": image_ids[start : start + PART] for start in starts}
+    todo = [path for path in list(parts)[rank() :: count()] if not path.exists()]
+
+    def fault(image_id: int) -> str | None:
+        try:
+            photographs.pixels(image_id, CHECK_PIXELS)
+        except Unreadable as error:
+            return str(error)
+        return None
+
+    total = sum(len(parts[path]) for path in todo)
+    bar = tqdm(total=total, desc="checking images", unit="image", disable=not todo or rank() > 0)
+    pool = ThreadPoolExecutor(workers())
+    try:
+        for path in todo:
+            found = {}
+            for image_id, why in zip(parts[path], pool.map(fault, parts[path]), strict=True):
+                if why is not None:
+                    found[image_id] = why
+                bar.update()
+            write_json(path, found)
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+    wait()
+    return {int(image_id): why for path in parts for image_id, why in read_json(path).items()}

@@ -1,0 +1,242 @@
+"""One image as pixels, whatever its kind; the unreadable found once and remembered."""
+
+import errno
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+from small_data import BROKEN, jpeg, make_coco, png_of, write
+from torchvision.transforms.v2 import functional as vision
+
+from targets import decoding
+from targets.decoding import CHECK_PIXELS, Photographs, decode, find_unreadable
+from targets.images import load_target
+
+
+def encoded(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+# ---- one image ----
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 90), (256, 256)])
+def test_resized_and_cropped_as_torchvision_does(size):
+    draw = np.random.default_rng(0)
+    coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = coarse.resize(size, Image.Resampling.BICUBIC)
+    expected = vision.center_crop(vision.resize(smooth, 32, vision.InterpolationMode.BICUBIC), 32)
+    difference = np.asarray(expected).astype(int) - decode(encoded(smooth, "PNG"), 32)
+    assert np.abs(difference).mean() < 4  # where the crop falls differs by half a pixel at most
+
+
+def test_shrinking_averages_instead_of_picking():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(decode(encoded(Image.fromarray(stripes), "PNG"), 32).astype(int) - 127).max() <= 8
+
+
+def test_a_large_jpeg_looks_the_same_at_a_fraction():
+    draw = np.random.default_rng(0)
+    coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    large = coarse.resize((1600, 1200), Image.Resampling.BICUBIC)
+    exact = decode(encoded(large, "PNG"), 64).astype(int)
+    assert np.abs(exact - decode(encoded(large, "JPEG", quality=95), 64)).mean() < 3
+
+
+ORIENTATIONS = {  # the picture as stored -> as it is meant, from the definition of the EXIF tag
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_exif_orientation_is_followed(orientation, kind):
+    quarters = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    stored = np.kron(quarters, np.ones((32, 32, 1), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(Image.fromarray(stored), kind, exif=exif)
+    got = decode(file, 64)[16::32, 16::32]  # a pixel of each quarter
+    assert np.abs(got.astype(int) - ORIENTATIONS[orientation](quarters)).max() <= 8
+
+
+def test_transparency_is_put_on_white():
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[:8] = (200, 40, 0, 255)
+    rgba[8:] = (200, 40, 0, 51)  # a fifth of it, four fifths of white
+    got = decode(encoded(Image.fromarray(rgba), "PNG"), 16)
+    assert np.abs(got[0, 0].astype(int) - (200, 40, 0)).max() <= 1
+    assert np.abs(got[-1, 0].astype(int) - (244, 212, 204)).max() <= 1
+
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([200, 40, 0, 10, 20, 30])
+    palette.paste(1, (0, 8, 16, 16))
+    got = decode(encoded(palette, "PNG", transparency=1), 16)
+    assert got[0, 0].tolist() == [200, 40, 0] and got[-1, 0].tolist() == [255, 255, 255]
+
+    grey = Image.merge("LA", (Image.new("L", (16, 16), 100), Image.new("L", (16, 16), 0)))
+    assert decode(encoded(grey, "PNG"), 16).min() == 255
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (20, 20), c) for c in ("red", "green", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        file = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+        got = decode(file, 8).reshape(-1, 3).mean(0)
+        assert np.abs(got - (255, 0, 0)).max() <= 4, kind
+
+
+def test_a_cmyk_jpeg():
+    file = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert np.abs(decode(file, 8).reshape(-1, 3).mean(0) - (255, 0, 0)).max() <= 6
+
+
+def test_sixteen_bits_keep_their_upper_eight():
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    got = decode(encoded(Image.fromarray(ramp), "PNG"), 64)
+    assert np.array_equal(got, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, 2))
+    assert np.array_equal(got, decode(encoded(Image.fromarray(ramp), "TIFF"), 64))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_other_modes_look_like_their_rgb(mode):
+    image = Image.radial_gradient("L").convert("RGB").convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(decode(encoded(image, "PNG"), 256), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2)])
+def test_tiny_and_thin_images(size):
+    got = decode(encoded(Image.new("RGB", size, (9, 99, 199)), "PNG"), 16)
+    assert got.shape == (16, 16, 3) and np.abs(got.astype(int) - (9, 99, 199)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [50_000, 10_000])  # Pillow refuses one and would load the other
+def test_an_enormous_image_takes_no_memory(side, tmp_path, monkeypatch):
+    write(tmp_path / "0.png", png_of(side, side))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    with (tmp_path / "0.png").open("rb") as file, pytest.raises(Exception, match=r"pixels"):
+        decode(file, 64)
+
+
+def test_no_format_that_runs_other_programs():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(Image.UnidentifiedImageError):
+        decode(io.BytesIO(postscript), 8)
+
+
+# ---- the images that cannot be decoded ----
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "aptp" / "unreadable"
+
+
+class Files:
+    """Numbered images in memory, some broken, and which were opened."""
+
+    def __init__(self, broken=(), stop=None):
+        self.broken, self.stop, self.opened = set(broken), stop, []
+        self.photographs = Photographs(
+            self.open, "image {}".format, lambda k: f"{k in self.broken}"
+        )
+
+    def open(self, k):
+        if len(self.opened) == self.stop:
+            raise MemoryError  # as when the machine has nothing left
+        self.opened.append(k)
+        return io.BytesIO(BROKEN if k in self.broken else jpeg(k))
+
+    def find(self, image_ids):
+        found = find_unreadable(self.photographs, image_ids, "toy")
+        assert all(why.startswith(f"image {k}: ") for k, why in found.items())
+        return sorted(found)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    monkeypatch.setattr(decoding, "PART", 4)
+    monkeypatch.setattr(decoding, "workers", lambda: 1)
+
+
+def test_every_image_is_checked_once(cache):
+    first, second = Files({2, 7}), Files({2, 7})
+    assert first.find(range(10)) == [2, 7] and sorted(first.opened) == [*range(10)]
+    assert second.find(range(10)) == [2, 7] and second.opened == []
+    few = Files({2, 7})
+    assert few.find([1, 2, 9]) == [2] and sorted(few.opened) == [1, 2, 9]
+
+
+def test_a_stopped_check_goes_on(cache, one_by_one):
+    with pytest.raises(MemoryError):
+        Files({1, 9}, stop=6).find(range(11))
+    rest = Files({1, 9})
+    assert rest.find(range(11)) == [1, 9] and rest.opened == [*range(4, 11)]
+
+
+def test_processes_share_the_check(cache, one_by_one, monkeypatch):
+    shares, ends = [Files({1, 9}), Files({1, 9})], []
+
+    def process(number, wait):
+        monkeypatch.setattr(decoding, "rank", lambda: number)
+        monkeypatch.setattr(decoding, "wait", wait)
+        ends.append(shares[number].find(range(11)))
+
+    monkeypatch.setattr(decoding, "count", lambda: 2)
+    process(0, lambda: process(1, lambda: None))  # which waits until the other one is done, too
+    assert shares[0].opened == [0, 1, 2, 3, 8, 9, 10] and shares[1].opened == [4, 5, 6, 7]
+    assert ends == [[1, 9], [1, 9]]
+
+
+@pytest.mark.parametrize("way", ["size", "time"])
+def test_a_mended_image_is_checked_again(cache, tmp_path, way):
+    make_coco(tmp_path, images=6, captions=1)
+    path = tmp_path / "train2014" / "COCO_train2014_000000000002.jpg"
+    whole, time = path.read_bytes(), path.stat().st_mtime_ns
+    write(path, BROKEN.ljust(len(whole)) if way == "time" else BROKEN)
+    os.utime(path, ns=(time, time - (way == "time")))
+    assert len(load_target("coco", "train", data_dir=tmp_path)) == 5
+    write(path, whole)
+    os.utime(path, ns=(time, time))
+    assert len(load_target("coco", "train", data_dir=tmp_path)) == 6
+    assert len(list((cache / "coco").iterdir())) == 2
+
+
+def test_all_resolutions_share_a_check(cache, tmp_path, monkeypatch):
+    make_coco(tmp_path, images=6, captions=2)
+    sizes = []
+    monkeypatch.setattr(decoding, "decode", lambda file, size: sizes.append(size))
+    for resolution in (32, 64):
+        load_target("coco", "train", data_dir=tmp_path, resolution=resolution)
+    assert sizes == [CHECK_PIXELS] * 6  # an image each, and not a row
+
+
+def test_a_fault_of_the_machine_is_not_the_images(cache, tmp_path, monkeypatch):
+    make_coco(tmp_path)
+
+    def no_handles(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(decoding, "decode", no_handles)
+    with pytest.raises(OSError, match="Too many"):
+        load_target("coco", "train", data_dir=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert not load_target("coco", "train", data_dir=tmp_path).skipped
