@@ -32,7 +32,7 @@ from macs import (
 )
 from settings import FINETUNING, PAPER_PIXELS, Pruning
 from teacher.model import PRECISIONS
-from teacher.shapes import PIXELS, load_shape
+from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,6 @@ def print_table(found: dict[str, Any]) -> None:
 
 HUB_SHAPES = {"stable-diffusion-2-1": "sd21", "stable-diffusion-2-1-base": "sd21-base"}
 
-TEXT_TOKENS = {"pocket": 20}  # 77 for the others
-
 GIB = 2**30
 
 
@@ -212,7 +210,7 @@ def plan(cfg: Pruning) -> str:
     unet = shape_of(cfg.teacher)
     own = PIXELS * unet.config.sample_size
     pixels = min(cfg.resolution or PAPER_PIXELS, own)
-    tokens = TEXT_TOKENS.get(cfg.teacher, 77)
+    tokens = POCKET_TOKENS if cfg.teacher == "pocket" else CLIP_TOKENS
     space = ArchSpace.from_unet(unet, cfg.depth)
     used = measure_macs(unet, space, latent_size=own // PIXELS, text_tokens=tokens)
     check_budget(cfg.budget, used)

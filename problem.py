@@ -24,16 +24,18 @@ from evaluation.analysis import frequent_words
 from gates import ArchSpace
 from macs import MacsModel, check_budget, measure_macs, meet_budget, skeleton
 from prune_unet import attach_gates, cut_in_place
-from router import PromptEncoder, PromptRouter
+from router import PromptEncoder, PromptRouter, content_map
 from settings import PAPER_PIXELS, Pruning
 from targets.emoji import EMOJI_SIZE
-from targets.images import CaptionedImages, load_target
+from targets.images import CaptionedImages, load_target, spread
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 TAYLOR_BATCHES = 16  # that importance is taken over
 INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
 LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
+DISTANCE_ROWS = 512
+WORDINGS_OF = 1000  # images whose captions tell content from wording
 START_SPREAD, START_LIMIT = 1.5, 4.0  # of logits that start at the importance
 
 
@@ -49,6 +51,7 @@ class Problem:
     validation: CaptionedImages
     encoder: PromptEncoder
     z: Tensor  # embeddings of the training prompts, (rows, dz)
+    content: Tensor  # what of them counts for routing, (dz, dz)
     encoded: Encoded  # the training rows as the U-Net reads them
     seconds: float  # that encoding took
 
@@ -62,10 +65,12 @@ class Problem:
             cfg.num_experts,
             center=cfg.center,
             shared=cfg.shared,
+            own_keys=cfg.own_keys,
             open_logit=cfg.open_logit,
         )
         if cfg.center:
             router.mean_z.copy_(self.z.mean(0))
+        router.content.copy_(self.content)
         return router.to(self.teacher.device)
 
     def noised(
@@ -83,7 +88,7 @@ class Problem:
                 absent where `rows` are a batch of their own.
             dropout: share of captions replaced by the empty one.
         """
-        *_, latents, text = self.encoded.batch(rows)
+        latents, text = self.encoded.batch(rows)
         B = len(rows) if own is None else self.cfg.batch_size
         assert B
         if dropout:
@@ -128,9 +133,15 @@ def prepare(cfg: Pruning) -> Problem:
     clock = time.time()
     encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
     z = encoder.embeddings(data.captions)  # (rows, dz)
+    content = torch.eye(z.shape[1])
+    if cfg.by_content:
+        wordings, images = data.wordings(WORDINGS_OF)
+        content = content_map(encoder.embeddings(wordings), images)
     encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
     seconds = time.time() - clock
-    return Problem(cfg, teacher, space, macs, data, validation, encoder, z, encoded, seconds)
+    return Problem(
+        cfg, teacher, space, macs, data, validation, encoder, z, content, encoded, seconds
+    )
 
 
 def taylor_importance(
@@ -188,6 +199,48 @@ def importance_logits(scores: Tensor) -> Tensor:
     logits = scores.clamp(min=1e-12).log()
     logits = START_SPREAD * (logits - logits.mean()) / logits.std().clamp(min=1e-6)
     return logits.clamp(-START_LIMIT, START_LIMIT)
+
+
+@torch.no_grad()
+def output_distances(
+    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Tensor, macs: MacsModel
+) -> dict[str, float]:
+    """Mean squared distance to the teacher's output, before any fine-tuning, over some rows.
+
+    `distance` is that of each prompt's own expert. Its controls: `distance_exchanged`, of the next
+    expert instead; `distance_static`, of one code for all, made of the codes' mean.
+
+    Args:
+        data: a split; `DISTANCE_ROWS` of its rows, spread evenly, are used.
+        codes: binary codes, (N, D).
+        experts: expert of each row of the split, (rows,).
+    """
+    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))
+    encoded = encode_target(teacher, data.take(rows.tolist()))
+    N, own = len(codes), experts[rows]
+    shares = torch.bincount(own, minlength=N).double() / len(own)
+    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()
+    budget = (shares @ macs(codes)).item() / macs.dense
+    found = {"distance": codes[own]}
+    if N > 1:
+        static = meet_budget(mean, torch.ones(1), macs, budget)
+        found["distance_exchanged"] = codes[(own + 1) % N]
+        found["distance_static"] = static[torch.zeros_like(own)]
+    totals, gates = dict.fromkeys(found, 0.0), attach_gates(teacher.unet, macs.space)
+    try:
+        parts = torch.arange(len(rows)).split(64)
+        for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
+            *_, latents, text = encoded.batch(part)
+            inputs = add_noise(teacher, latents, text, step_generator(0, "distance", step)).inputs()
+            gates.set_gates(None)
+            expected = teacher.unet(**inputs).sample
+            for name, gated in found.items():
+                gates.set_gates(gated[part].to(teacher.device))
+                output = teacher.unet(**inputs).sample
+                totals[name] += losses.output_distillation_loss(output, expected).sum().item()
+    finally:
+        gates.detach()
+    return {name: total / len(rows) for name, total in totals.items()}
 
 
 def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
@@ -284,21 +337,3 @@ def write_results(
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
     write_json(run / "summary.json", summary)
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """The experts of a run, one a line."""
-    print(
-        f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent "
-        f"words"
-    )
-    for expert in summary["experts"]:
-        cost = f"{expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M"
-        words = ", ".join(expert["words"])
-        print(f"{expert['id']:>6}  {cost}  {expert['usage_train']:>7.1%}  {words}")
-    used = sum(share > 0 for share in summary["usage_validation"])
-    print(
-        f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
-        f"{summary['budget']:g}); "
-        f"{used} of {summary['num_experts']} experts get validation prompts"
-    )

@@ -112,6 +112,13 @@ class Pruning:
     """Where logits start without importance (paper: not said)."""
     shared: bool = True
     """A code is a part that all share plus its own difference; otherwise codes are separate."""
+    by_content: bool = True
+    """Route by what an image's captions have in common; otherwise wording counts (paper: counts).
+    """
+    own_keys: bool = True
+    """Route by the codes as they start; otherwise by the codes as trained (paper: trained)."""
+    predictor_rate: float = 0.1
+    """Learning rate of the predictor's weights, relative to --lr (paper: 1)."""
     center: bool = True
     """Route by centred vectors; otherwise by raw ones (paper: raw)."""
     sample_noise: bool = True
@@ -195,6 +202,9 @@ AS_PRINTED: dict[str, Any] = {
     "hold_budget": False,
     "importance_start": False,
     "shared": False,
+    "by_content": False,
+    "own_keys": False,
+    "predictor_rate": 1.0,
     "center": False,
     "sample_noise": False,
     "common_noise": False,

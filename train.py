@@ -59,6 +59,7 @@ from common.files import MetricsLog, read_json, write_json
 from common.processes import add_up, own_rows, rank, stop_processes, wait
 from common.randomness import batch_rows, step_generator
 from common.runs import as_json, claim
+from evaluation.tables import print_experts
 from gates import gumbel_noise, gumbel_sigmoid
 from macs import MacsModel, budget_shift
 from plan import plan
@@ -66,7 +67,6 @@ from problem import (
     Problem,
     importance_logits,
     prepare,
-    print_table,
     taylor_importance,
     write_results,
 )
@@ -276,7 +276,13 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
     assert cfg.warmup_steps is not None and cfg.joint_steps and cfg.lr_warmup is not None
     steps = cfg.warmup_steps + cfg.joint_steps
     router = problem.start_router()
-    optimizer = torch.optim.AdamW(router.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [router.predictor.weight], "rate": cfg.predictor_rate * cfg.lr},
+            {"params": [router.predictor.bias, router.own], "rate": cfg.lr},
+        ],
+        weight_decay=cfg.weight_decay,
+    )
     checkpoint = Checkpoint(cfg.out / CHECKPOINT, {"router": router, "optimizer": optimizer})
     meta = checkpoint.restore()
     first = meta.get("step", 0)
@@ -316,7 +322,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             advice = "try a lower --lr or --precision fp32, and another --out"
             checkpoint.guard(step, values["loss"], router.parameters(), advice)
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+                group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
             optimizer.step()
             seconds["warmup" if warmup else "joint"] += time.time() - clock
             if log is None:
@@ -340,7 +346,7 @@ def main() -> None:
         return
     summary = train(cfg)
     if rank() == 0:
-        print_table(summary)
+        print_experts(summary)
 
 
 if __name__ == "__main__":

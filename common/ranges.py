@@ -40,6 +40,7 @@ RANGES = {
     "transport_rows": NUMBER,
     "lr": POSITIVE,
     "lr_warmup": NUMBER,
+    "predictor_rate": WEIGHT,
     "lr_decay": SHARE,
     "weight_decay": WEIGHT,
     "lambda_distill": WEIGHT,

@@ -106,11 +106,8 @@ def collect(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
     )
 
 
-def write_tables(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far.
-
-    Gives the cells' scores, as `collect` does.
-    """
+def write_tables(folder: Path, methods: Sequence[str]) -> None:
+    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far."""
     rows = collect(folder, methods)
     lines = aggregate(rows)
     write_json(folder / "metrics.json", {"cells": rows, "means": as_numbers(lines)})
@@ -137,4 +134,21 @@ def write_tables(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
         writer.writeheader()
         for title, part in parts.items():
             writer.writerows({"table": title.split(":")[0]} | line for line in part)
-    return rows
+
+
+def print_experts(summary: dict[str, Any]) -> None:
+    """The experts of a run, one a line."""
+    print(
+        f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent "
+        f"words"
+    )
+    for expert in summary["experts"]:
+        cost = f"{expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M"
+        words = ", ".join(expert["words"])
+        print(f"{expert['id']:>6}  {cost}  {expert['usage_train']:>7.1%}  {words}")
+    used = sum(share > 0 for share in summary["usage_validation"])
+    print(
+        f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
+        f"{summary['budget']:g}); "
+        f"{used} of {summary['num_experts']} experts get validation prompts"
+    )
