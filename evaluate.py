@@ -32,7 +32,7 @@ import finetune
 import train
 from common.errors import UserError, command_line
 from common.files import read_json, replacing, write_json
-from common.randomness import batch_rows
+from common.randomness import batch_rows, step_generator
 from common.ranges import check_ranges
 from common.runs import RUNS, as_json, claim, newest_run
 from evaluation import metrics
@@ -54,8 +54,6 @@ from problem import load_split, prepare, write_results
 from sample import APTPPipeline, read_prompts
 from settings import FREE, Finetuning, Pruning, resolve, resolve_finetuning
 from targets.images import spread
-
-SPLITS = ("train", "validation")
 
 SHOWN = ("a giraffe", "a slice of pizza")  # through every expert
 
@@ -155,7 +153,7 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     common, routed, samples = [], {}, []
     assigned = read_json(run / "assignments.json")
-    for split in SPLITS:
+    for split in ("train", "validation"):
         data = load_split(settings, split, pipeline.teacher.resolution)
         rows = spread(len(data), cfg.images)
         real = Subset(data, rows)
@@ -246,14 +244,17 @@ def last_batch(
     """The last training batch of a run: its rows, (B,), and their experts by transport (Eq. 20).
 
     Args:
-        settings: the run's config.json.
+        settings: the run's config.json; older ones have no `transport_rows`.
         captions: of all training rows.
     """
-    step = settings["warmup_steps"] + settings["joint_steps"] - 1
-    rows = batch_rows(len(captions), settings["batch_size"], settings["seed"], step).tolist()
-    e = pipeline.router(pipeline.encoder([captions[row] for row in rows]))  # (B, D)
+    step, seed = settings["warmup_steps"] + settings["joint_steps"] - 1, settings["seed"]
+    rows = batch_rows(len(captions), settings["batch_size"], seed, step).tolist()
+    others = torch.randperm(len(captions), generator=step_generator(seed, "train", step)).tolist()
+    others = others[: max(0, settings.get("transport_rows", 0) - len(rows))]  # as `train.optimise`
+    e = pipeline.router(pipeline.encoder([captions[row] for row in rows + others]))  # (B + P, D)
     eps, iterations = settings["eps"], settings["sinkhorn_iterations"]
-    return rows, pipeline.router.transport_assignment(e, eps, iterations).tolist()
+    experts = pipeline.router.transport_assignment(e, eps, iterations)[: len(rows)]
+    return rows, experts.tolist()
 
 
 # ---- the comparison of methods ----

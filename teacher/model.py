@@ -3,12 +3,8 @@
 A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
 asks it for four things: text states, latents, images, and its U-Net.
 
-A target is read through it as latents and text states of rows. A small target is encoded up front
-and kept in memory; of a large one, rows are encoded when a step asks for them, its latents
-optionally once and kept on disk.
-
 The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
-bear fp16, and latents that overflow are refused. Latents and targets stay fp32.
+work in fp16, and latents that overflow are refused. Latents and targets stay fp32.
 """
 
 from __future__ import annotations
@@ -123,13 +119,13 @@ class Teacher:
             guidance: scale of classifier-free guidance; the teacher's own if absent.
             unet: an expert to use instead of the teacher's U-Net.
         """
-        own = self.pipe.unet
+        own, pixels = self.pipe.unet, self.resolution
         self.pipe.unet = own if unet is None else unet
         try:
             return self.pipe(
                 list(prompts),
-                height=self.resolution,
-                width=self.resolution,
+                height=pixels,
+                width=pixels,
                 num_inference_steps=steps,
                 guidance_scale=self.guidance_scale if guidance is None else guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -196,7 +192,7 @@ def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int 
 
 @dataclass(frozen=True)
 class Noised:
-    """One batch at random timesteps: everything that teacher and student are asked about."""
+    """One batch at random timesteps: the inputs of teacher and student, and their target."""
 
     sample: Tensor  # x_t, (B, C, h, w), in the teacher's precision, as text
     t: Tensor  # (B,)
@@ -220,13 +216,12 @@ def add_noise(
     rows: Tensor | None = None,
     batch_size: int | None = None,
 ) -> Noised:
-    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (b, C, h, w).
-
-    Randomness is drawn on the CPU (Eqs. 1, 17).
+    """Sample t, the noise and x_t ~ q(x_t | x_0) for latents (b, C, h, w). Eqs. 1 and 17.
 
     Args:
-        rows, batch_size: the latents' places, (b,), in a batch of B that is shared out among
-            processes. Each draws for all B, so a sample's noise does not depend on the sharing.
+        generator: of the CPU.
+        rows, batch_size: the latents' places, (b,), in a batch of B that processes share. Each
+            process samples for all B, so a row's noise does not depend on how they are shared.
     """
     schedule, device, dtype = teacher.noise_schedule(), teacher.device, teacher.dtype
     B = len(x0) if batch_size is None else batch_size

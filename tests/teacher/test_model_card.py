@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common.errors import UserError
 from evaluation.grids import save_figure
 from targets.emoji import render, split_drawings
 from targets.images import load_target
+from teacher.model import Teacher
 from teacher.pocket import model_card
 from teacher.shapes import ASSETS
 
@@ -106,6 +108,36 @@ def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
         other = trained[drawing.code]
         assert other.style != drawing.style
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), render(other.svg, 64))
+
+
+def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back():
+    """With a stand-in for the diffusers pipeline."""
+    asked = []
+
+    class Pipe:
+        unet = SimpleNamespace(config=SimpleNamespace(sample_size=4))
+        vae_scale_factor = 8
+
+        def __call__(self, prompts, *, generator, **options):
+            if not prompts:
+                raise KeyboardInterrupt
+            noise = [torch.randn(2, generator=one).tolist() for one in generator]
+            asked.append((self.unet, prompts, options, noise))
+            return SimpleNamespace(images=prompts)
+
+    pipe, expert = Pipe(), object()
+    teacher, own = Teacher("x", pipe, 2.5), pipe.unet
+    assert teacher.generate(("a", "b"), (5, 6), 7) == ["a", "b"]
+    teacher.generate(("b",), (6,), 7, 0.0, expert)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.generate((), (), 7, unet=expert)
+    assert pipe.unet is own
+    first, second = asked
+    assert first[0] is own and second[0] is expert
+    size = {"height": 32, "width": 32, "num_inference_steps": 7}
+    assert first[2] == size | {"guidance_scale": 2.5}
+    assert second[2] == size | {"guidance_scale": 0.0}
+    assert first[3][1] == second[3][0] != first[3][0]
 
 
 def test_a_small_measurement(tmp_path, monkeypatch):
