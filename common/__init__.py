@@ -1,4 +1,4 @@
-"""What every room stands on: one-line errors, files that a kill never spoils, run folders,
-randomness by step, the cache, published models, processes. Knows nothing of pruning and imports no
-other room.
+"""What every room uses: one-line errors, files that a kill never spoils, checkpoints, run folders,
+randomness by step, the cache, published models, processes. Nothing here is about pruning, and no
+other room is imported.
 """

@@ -1,7 +1,7 @@
-"""Rows that are computed once and kept on disk.
+"""Rows of tensors that are computed once and kept on disk, such as prompt embeddings and latents.
 
-Rows (prompt embeddings, latents) lie in parts, each a file that is written whole or not at all: a
-killed run loses the part that it was computing, a damaged part is computed again.
+Rows are kept in parts, each a file that is written whole or not at all. A killed run loses the part
+that it was computing; a damaged part is computed again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from common.processes import count, rank, wait
 
-# ---- rows that are computed once ----
-
 
 def rows_key(*facts: str, lines: Iterable[str] = ()) -> str:
-    """Names the rows that are made of `lines` in the way that `facts` tell."""
+    """The name of rows that are computed from `lines`; `facts` say how."""
     digest = hashlib.sha256()
     for text in (*facts, *lines):
         line = text.encode("utf-8", "surrogatepass")
@@ -32,7 +30,7 @@ def rows_key(*facts: str, lines: Iterable[str] = ()) -> str:
 
 
 def read_part(path: Path, rows: int) -> Tensor | None:
-    """The rows of a part's file, mapped into memory; None where it is missing or damaged."""
+    """The rows of a part's file; None where it is missing or damaged."""
     try:
         part = load_tensors(path)[0]["rows"]
     except (UserError, KeyError):
@@ -49,20 +47,21 @@ def kept_rows(
     batch: int,
     what: str,
 ) -> list[Tensor]:
-    """Rows from the cache, in parts; those that are not there are computed and put there.
+    """Rows from the cache, in parts; missing ones are computed and kept.
 
-    Many processes share out the computing; all end with the same files.
+    Processes share the parts that are missing; all end with the same files.
 
     Args:
-        place: folder below `cache_folder()`, named after all that the rows depend on.
+        place: folder below `cache_folder()`, named after everything that the rows depend on.
         rows: how many there are.
         compute: batches of row numbers (b,) -> for each its rows (b, ...), on the CPU.
-        part: rows a file.
+        part: rows in a file.
         batch: rows that are computed at once.
         what: the progress bar's text.
 
     Returns:
-        The parts, each (part, ...), the last one shorter; the system reads from disk what is used.
+        The parts, each (part, ...), the last one shorter. They are mapped into memory: only what is
+        used is read from the disk.
     """
     folder = cache_folder() / place
     parts = torch.arange(rows).split(part)

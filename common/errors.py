@@ -1,8 +1,4 @@
-"""What a user can mend, said in one line: `UserError`, and the frame of every command.
-
-A wrong value is answered before anything heavy is imported: nothing here loads a library until a
-command has read its arguments.
-"""
+"""Errors that a user can mend, said in one line: `UserError`, and what every command runs in."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend.
+    """Something that the user can mend.
 
-    Its text is one line: what, the value, what is allowed, what to do.
+    Its text is one line: what is wrong, the value, what is allowed, what to do.
     """
 
 

@@ -1,7 +1,7 @@
 """Files that a kill never spoils: JSON, CSV and safetensors, written whole or not at all.
 
-Nothing is pickled. A file is written under a temporary name beside its place and then moved there,
-so a reader sees the old file or the new one, never half of one. Tensors carry a checksum.
+A file is written under a temporary name and then moved into place, so a reader sees the old file or
+the new one, never half of one. Files of tensors carry a checksum. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from common.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; on success move it into place, otherwise remove it."""
-    # in a folder of its own, because safetensors has temporary files beside what it writes
+    """Give a temporary name beside `path`; on success move the file into place, else remove it."""
+    # in a folder of its own, because safetensors writes temporary files beside its own
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder / path.name
-        mask = os.umask(0)  # as other files: safetensors writes for its owner alone
+        mask = os.umask(0)  # safetensors lets only the owner read
         os.umask(mask)
         (folder / path.name).chmod(0o666 & ~mask)
         os.replace(folder / path.name, path)
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """SHA-256 of what a file holds: its meta, and each tensor's name and bytes."""
+    """SHA-256 of a file's content: its meta, and each tensor's name and bytes."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -100,7 +100,7 @@ def save_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = json.loads(json.dumps(meta or {}))
     with replacing(path) as temporary:
-        # one key: with two, their order in the file would be left to chance
+        # one key: with two, their order in the file would be random
         header = json.dumps({"meta": meta, "sha256": fingerprint(plain, meta)})
         try:
             save_file(plain, temporary, {"header": header})
@@ -112,7 +112,7 @@ def save_tensors(
 
 
 def header_of(file: Any) -> dict[str, Any]:
-    """What `save_tensors` wrote beside the tensors; empty for a file of another program."""
+    """The header that `save_tensors` wrote; empty for a file of another program."""
     header = json.loads((file.metadata() or {}).get("header", "{}"))
     return header if isinstance(header, dict) else {}
 
@@ -153,10 +153,9 @@ def checksum(path: Path) -> str | None:
 
 
 class MetricsLog:
-    """`metrics.csv`.
+    """`metrics.csv`, one row a step.
 
-    One row a step. Reopened at step k, it drops the rows from k on, which the resumed run writes
-    again.
+    Reopened at step k, it drops the rows from k on, because a resumed run writes them again.
     """
 
     def __init__(self, path: Path, columns: list[str], step: int) -> None:

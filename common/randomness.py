@@ -1,6 +1,6 @@
 """Randomness as a function of (seed, purpose, step).
 
-So a checkpoint needs no random state, and a resumed run repeats the undisturbed one exactly.
+So a checkpoint needs no random state, and a resumed run equals an undisturbed one.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from torch import Tensor
 
 
 def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, purpose, step) alone.
-
-    The randomness of one step of one thing.
-    """
+    """A CPU generator that depends on (seed, purpose, step) alone."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
-    """The order of `rows` rows in one epoch, (rows,): a function of (seed, epoch)."""
+    """The order of rows in an epoch, (rows,): a function of (seed, epoch)."""
     return torch.randperm(rows, generator=step_generator(seed, "order", epoch))
 
 

@@ -1,4 +1,4 @@
-"""A run is a folder: which one is the newest, what it was made with, who may go on with it."""
+"""A run is a folder: the newest one, its settings, and whether a command may go on with it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) 
 
 
 def claim(run: Path, settings: dict[str, Any], free: tuple[str, ...]) -> None:
-    """Refuse a run folder that holds something else; settings in `free` may differ.
+    """Refuse a folder that holds another run; settings in `free` may differ.
 
     Raises:
         UserError: the folder holds a run with other settings, or files that are no run.

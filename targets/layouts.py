@@ -1,4 +1,4 @@
-"""Captioned images as they lie on disk: COCO 2014, CC3M, and a folder of one's own. App. E.1.
+"""The layouts of captioned images on disk: COCO 2014, CC3M, and your own folder. App. E.1.
 
 | target | captions | images |
 |---|---|---|
@@ -8,16 +8,16 @@
 | a folder | `text` in `metadata.jsonl`, a line a caption | `file_name` there |
 
 The image of row r of a TSV (the first is row 0) is `{train,validation}/SSSSS/RRRRRRRRR.jpg`: r with
-nine digits, in a folder named r // 10000 with five. img2dataset names its files so, and its shards
-alike; it does both from the official TSV (`python -m targets cc3m --download` says how). Where it
-left `RRRRRRRRR.txt` beside the image, one a folder is compared with the TSV.
+nine digits, in a folder named r // 10000 with five. These are img2dataset's names, for files and
+for shards; it makes either from the official TSV (`python -m targets cc3m --download` says how).
+Where `RRRRRRRRR.txt` is beside the image, one of each folder is compared with the TSV.
 
-A folder of one's own is split by `train/` and `validation/`, each with a `metadata.jsonl`, or by
-these two at the start of all file names. Without them, a tenth of the images is held out: those
-whose name's hash is smallest, so that captions of one image never straddle. A `file_name` leads to
-somewhere below the folder; symbolic links are followed.
+Your own folder is split by `train/` and `validation/`, each with a `metadata.jsonl`, or by these
+two at the start of all file names. Without them, a tenth of the images is held out: those whose
+name has the smallest hashes, so all captions of an image are in one split. A `file_name` is a path
+below the folder; symbolic links are followed.
 
-Captions are UTF-8; white space is folded, and what is over 10,000 characters cut off. Rows whose
+Captions are UTF-8. White space is folded, and captions are clipped to 10,000 characters. Rows whose
 image is missing, or whose caption is empty, are left out and counted.
 """
 
@@ -40,7 +40,7 @@ from common.errors import UserError
 from targets.decoding import Photographs
 from targets.shards import read_shards
 
-MAX_CAPTION_CHARACTERS = 10_000  # far beyond what any text encoder reads
+MAX_CAPTION_CHARACTERS = 10_000  # far more than any text encoder reads
 
 VALIDATION_SHARE = 0.1  # of a folder's images
 
@@ -48,7 +48,7 @@ COCO = {"train": "train2014", "validation": "val2014"}
 
 CC3M = {"train": "Train_GCC-training.tsv", "validation": "Validation_GCC-1.1.0-Validation.tsv"}
 
-CC3M_SHARD = 10_000  # rows a folder, img2dataset's default
+CC3M_SHARD = 10_000  # rows in a folder, img2dataset's default
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def gather(
 
 
 def missing(target: str, what: str, data_dir: Path) -> UserError:
-    """What is missing, where it was looked for, how to get it."""
+    """The error that says what is missing, from where, and how to get it."""
     return UserError(
         f"--target {target} needs {what}, which is not in {data_dir.resolve()}; get it with "
         f"`python -m targets {target} --download --data-dir {data_dir}`; "
@@ -167,7 +167,7 @@ def files_at(path: Callable[[int], Path], label: Callable[[int], str]) -> Photog
 
 
 def read_coco(data_dir: Path, split: str) -> CaptionedFiles:
-    """COCO 2014, a row a caption, in the file's order. Raises `UserError`."""
+    """COCO 2014, a row for each caption, in the file's order. Raises `UserError`."""
     folder = data_dir / COCO[split]
     path = data_dir / "annotations" / f"captions_{COCO[split]}.json"
     for needed in (path, folder):
@@ -242,7 +242,7 @@ def letters(text: str) -> str:
 
 
 def read_folder(folder: Path, split: str) -> CaptionedFiles:
-    """A folder in Hugging Face's imagefolder layout. Raises `UserError`."""
+    """Your own folder, in Hugging Face's imagefolder layout. Raises `UserError`."""
     base = folder
     given = all((folder / part / "metadata.jsonl").exists() for part in ("train", "validation"))
     if given:

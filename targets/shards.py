@@ -1,8 +1,8 @@
 """Webdataset shards as img2dataset writes them: tar files of `key.jpg` and `key.txt`. App. E.1.
 
-A shard's headers are walked through once; where its images lie, and its captions, are then kept in
-the cache until the shard's size or time changes. An image is read when asked for, at its place in
-the tar.
+A shard's headers are read once. Its captions, and the places of its images, are then kept in the
+cache until the shard's size or time changes. An image is read when asked for, from its place in the
+tar.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def read_shards(shards: list[Path]) -> tuple[list[str], Photographs, Counter[str
 
 
 def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Where a shard's images lie, and its captions; cached until the shard changes.
+    """The captions of a shard and the places of its images; cached until the shard changes.
 
     Returns:
-        place (samples, 2): offset and size of each image in bytes; text: the captions' bytes in a
-        row; end (samples,): where each caption ends in text. And a meta with `notes`.
+        place (samples, 2): offset and size of each image in bytes; text: all captions as bytes;
+        end (samples,): where each caption ends in text. And a meta with `notes`.
     """
     stat = path.stat()
     stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -90,7 +90,7 @@ def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Walk through a tar's headers: the index of `shard_index`, and what was left out."""
+    """Read a tar's headers: the index of `shard_index`, and what was left out."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     notes: Counter[str] = Counter()
     length = path.stat().st_size
@@ -104,7 +104,7 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
                     if whole and member.isreg() and not member.issparse():
                         sample = samples.setdefault(f"{parent}/{key}", {})
                         sample[kind.lower()] = member.offset_data, member.size
-        except tarfile.TarError:  # what came before is good
+        except tarfile.TarError:  # what came before is whole
             pass
         file.seek(max(0, length - tarfile.BLOCKSIZE))
         if file.read() != bytes(tarfile.BLOCKSIZE):  # with which every tar ends

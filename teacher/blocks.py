@@ -1,4 +1,4 @@
-"""Outputs of a U-Net's blocks, for block distillation (Eq. 28)."""
+"""Outputs of a U-Net's blocks, for block distillation: Eq. 28."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class BlockRecorder:
-    """Keeps the outputs of a U-Net's down, middle and up blocks, for block distillation."""
+    """Keeps the outputs of a U-Net's down, middle and up blocks."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.outputs: list[Tensor] = []

@@ -1,7 +1,7 @@
 """A target as the U-Net reads it: latents and text states of rows.
 
-A small target is encoded up front and kept in memory; of a large one, rows are encoded when a step
-asks for them, its latents optionally once and kept on disk.
+A small target is encoded up front and kept in memory. The rows of a large one are encoded when a
+step asks for them; optionally, their latents are computed once and kept on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PART = 4096  # latents a file of the cache: 67 MB at 256 px
 
 @dataclass(frozen=True)
 class OnDemand:
-    """Rows that are made when they are asked for; `rows[numbers]`, as of a tensor of all."""
+    """Rows that are computed when they are asked for, by `rows[numbers]`, as from a tensor."""
 
     make: Callable[[Sequence[Tensor]], Iterable[Tensor]]  # batches of numbers (b,) -> (b, ...)
     batch: int
@@ -59,8 +59,8 @@ def encode_target(
     """A target's latents and text states: up front where they fit in memory, else on demand.
 
     Args:
-        cache_latents: compute all latents once and keep them on disk (`common/cache.py`), each
-            image's once; for further runs on the same captions and images, too.
+        cache_latents: compute each image's latents once and keep them on disk
+            (`common/cache.py`), for other runs on the same captions and images too.
         batch: rows that are encoded at once; about a million pixels if absent.
         in_memory: bytes up to which latents, and text states, are encoded up front.
     """
@@ -117,7 +117,7 @@ def image_latents(
 
 
 def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
-    """Names the latents of a target: by autoencoder, size, rows and a few of the images' pixels."""
+    """The name of a target's latents: of autoencoder, size, rows and some images' pixels."""
     pixels = data.images(spread(len(data), 8)).numpy().tobytes()
     weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
     digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.image_ids.tobytes())]

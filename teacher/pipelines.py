@@ -9,11 +9,11 @@
 
 Folders may hold Stable Diffusion 1.x and 2.x (a UNet2DConditionModel that is conditioned on text
 states alone) with a CLIP or BERT text encoder, as safetensors. Each part is loaded by the class
-named here, so no code of a folder is ever run. The safety checker is left out: what is drawn here
-is for measuring. Sampling uses PNDM, as in App. E.2, with the noise schedule of the folder.
+named here, so no code of a folder is ever run. The safety checker is left out, because images are
+generated for measuring. Sampling uses PNDM, as in App. E.2, with the folder's noise schedule.
 
-A random teacher is a shape, for measuring time and memory: it draws noise. Its text encoder has the
-right width and length, its autoencoder the right channels; both are tiny.
+A random teacher is a shape, for measuring time and memory; its images are noise. Its text encoder
+has the right width and length, its autoencoder the right channels; both are tiny.
 """
 
 from __future__ import annotations
@@ -39,18 +39,10 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import read_json
 from common.hub import STABLE_DIFFUSION, minilm_folder, model_folder, refuse_pickles
-from teacher.shapes import CONDITIONS, load_shape
+from teacher.shapes import CLIP_TOKENS, CONDITIONS, POCKET_TOKENS, load_shape
 
 GUIDANCE = 7.5  # App. E.2
-
-TEXT_TOKENS = 20  # of the pocket teacher: 99.9 % of the emoji captions fit
-
-CLIP_TOKENS = 77
-
-OPTION = "--teacher"
-
-RANDOM = "-random"
-
+OPTION, RANDOM = "--teacher", "-random"
 TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random")  # need no files
 
 CLASSES = {  # of the parts, as model_index.json names them
@@ -59,11 +51,7 @@ CLASSES = {  # of the parts, as model_index.json names them
     "text_encoder": ("CLIPTextModel", "BertModel"),
 }
 
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
 
 SCHEDULE = {  # of all Stable Diffusions
     "beta_start": 0.00085,
@@ -80,13 +68,13 @@ SUPPORTED = "Stable Diffusion 1.x and 2.x are supported"
 class AutoencoderDC(diffusers.AutoencoderDC):
     """diffusers' deep-compression autoencoder as `StableDiffusionPipeline` calls an autoencoder.
 
-    Its shortcuts carry pixels past every change of resolution, so it learns several times faster
-    than `AutoencoderKL` (model card of the pocket teacher).
+    Shortcuts carry pixels past every change of resolution, so it learns faster than
+    `AutoencoderKL` (the pocket teacher's model card has the numbers).
     """
 
     @property
     def config(self) -> FrozenDict:
-        """With the entry by which the pipeline counts levels; it is not saved."""
+        """With the entry that the pipeline counts levels by; it is not saved."""
         config = super().config
         return FrozenDict({**config, "block_out_channels": config["decoder_block_out_channels"]})
 
@@ -103,14 +91,14 @@ class AutoencoderDC(diffusers.AutoencoderDC):
 class BertModel(transformers.BertModel):
     """transformers' BERT; if its configuration says `sentence_state`, the first state is the mean.
 
-    Sentence encoders such as all-MiniLM are trained by the mean of their token states, which says
-    what the sentence means; their [CLS] state is left over from pre-training.
+    Sentence encoders such as all-MiniLM are trained on the mean of their token states. Their [CLS]
+    state is left over from pre-training.
     """
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Tokens and what of them is no padding, (B, n), to `last_hidden_state` (B, n, C)."""
+        """Tokens (B, n) to `last_hidden_state` (B, n, C); the mask is 0 for padding."""
         output = super().forward(input_ids, attention_mask, **kwargs)
         if getattr(self.config, "sentence_state", False):
             states = output.last_hidden_state
@@ -128,7 +116,7 @@ def assemble(
     unet: UNet2DConditionModel,
     scheduler: PNDMScheduler,
 ) -> StableDiffusionPipeline:
-    # the pipeline would warn that MiniLM is not CLIP, and list the padding that it cut off
+    # the pipeline would warn that MiniLM is not CLIP, and list the tokens that it cut off
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -159,7 +147,7 @@ def pocket_pipeline(
     # the pipeline then tells the encoder which tokens are padding
     text_encoder.config.use_attention_mask = True
     text_encoder.config.sentence_state = True
-    return assemble(vae, text_encoder, minilm_tokenizer(TEXT_TOKENS), unet, scheduler)
+    return assemble(vae, text_encoder, minilm_tokenizer(POCKET_TOKENS), unet, scheduler)
 
 
 def load_pocket(folder: Path) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
@@ -192,15 +180,16 @@ def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
             norm_num_groups=8,
         )
         tokenizer = minilm_tokenizer(CLIP_TOKENS)
-        text = transformers.BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=max(1, width // 64),
-            intermediate_size=width,
-            max_position_embeddings=CLIP_TOKENS,
+        text_encoder = BertModel(
+            transformers.BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                num_hidden_layers=1,
+                num_attention_heads=max(1, width // 64),
+                intermediate_size=width,
+                max_position_embeddings=CLIP_TOKENS,
+            )
         )
-        text_encoder = BertModel(text)
     prediction = "v_prediction" if shape == "sd21" else "epsilon"
     scheduler = PNDMScheduler(**SCHEDULE, prediction_type=prediction)
     return assemble(vae, text_encoder, tokenizer, unet, scheduler)

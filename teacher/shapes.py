@@ -1,4 +1,4 @@
-"""U-Nets by name, as shapes without weights.
+"""U-Nets by name, as shapes without weights. App. E.2.
 
 `assets/unets/` holds the configurations that the models' authors published, as far as a U-Net needs
 them: sd15, sd21-base (512 px), sd21 (768 px), sdxl.
@@ -17,6 +17,10 @@ from common.files import read_json
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 PIXELS = 8  # a side of what one latent position stands for
+
+POCKET_TOKENS = 20  # of the pocket teacher's text states: 99.9 % of the emoji captions fit
+
+CLIP_TOKENS = 77  # of every Stable Diffusion's
 
 CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside text states
     "addition_embed_type": ("text_time",),

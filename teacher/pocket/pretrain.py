@@ -1,12 +1,12 @@
-"""Trains the pocket teacher from nothing: an autoencoder, then a latent diffusion U-Net, on emoji.
+"""Trains the pocket teacher from scratch: an autoencoder, then a latent diffusion U-Net, on emoji.
 
     python -m teacher.pocket.pretrain            # goes on where it stopped; writes assets/pocket/
     python -m teacher.pocket.pretrain --export   # writes assets/pocket/ from the present state
     python -m teacher.pocket.pretrain --initial assets/pocket --unet-steps 6000   # 6000 more
 
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
-compute in bfloat16 and ship an exponential moving average of the weights. AdamW moves the
-autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model card has what was tried and
+compute in bfloat16 and export an exponential moving average of the weights. AdamW trains the
+autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model card says what was tried and
 what it gained.
 """
 
@@ -57,7 +57,7 @@ UNET_CONFIG: dict[str, Any] = {
     "use_linear_projection": True,
 }
 
-FIGURES = "training.json"  # of a finished teacher
+RECORD = "training.json"  # of a finished teacher: how it was trained
 
 SCHEDULER_CONFIG: dict[str, Any] = {**SCHEDULE, "prediction_type": "v_prediction"}
 
@@ -71,9 +71,9 @@ class Config(autoencoder.Config):
     assets: Path = ASSETS / "pocket"
     """Folder that the finished teacher is written to."""
     initial: Path | None = None
-    """Finished teacher whose autoencoder is kept and whose U-Net is trained on; none if not given.
+    """Finished teacher whose autoencoder is kept and whose U-Net is trained further.
 
-    Counts where `out` holds no U-Net yet; moments begin at nothing and the learning rate anew.
+    It is read where `out` holds no U-Net yet; optimizer and learning rate start afresh.
     """
     vae_steps: int = 9000
     """Training steps of the autoencoder."""
@@ -86,24 +86,24 @@ class Config(autoencoder.Config):
     unet_batch_size: int = 128
     """Latents a step of the U-Net."""
     unet_lr: float = 1e-3
-    """Learning rate of the U-Net; at twice this AdamW diverged and Muon learnt more slowly."""
+    """Learning rate of the U-Net; at twice this, AdamW diverged and Muon learned more slowly."""
     noisy_share: float = 0.7
-    """Share of timesteps drawn from the noisiest three tenths; the others are uniform.
+    """Share of timesteps sampled from the noisiest three tenths; the others are uniform.
 
-    By Bayes' rule over the training drawings, a noised latent alone gives away which one it was
-    with probability 0.96 at t = 700, 0.50 at 900 and 0.04 at 999: captions are learned there.
+    There the U-Net needs the caption: by Bayes' rule over the training drawings, a noised latent
+    alone identifies its drawing with probability 0.96 at t = 700, 0.50 at 900 and 0.04 at 999.
     """
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     text_noise: float = 0.1
-    """Standard deviation of the noise on text states, which have one of 0.43."""
+    """Standard deviation of the noise on text states; their own is 0.43."""
     sentence_share: float = 0.05
-    """Share of captions given by their sentence state in place of every token's.
+    """Share of captions whose token states are all replaced by the sentence state.
 
-    As many have it in the place of some, and the others are left whole.
+    In as many others some of the token states are replaced; the rest are left whole.
     """
     guidance_scale: float = 2.0
-    """Guidance scale that the teacher carries as its default."""
+    """Guidance scale that becomes the teacher's default."""
     vae_ema_decay: float = 0.995
     """Decay of the moving average of the autoencoder's weights."""
     unet_ema_decay: float = 0.999
@@ -119,11 +119,11 @@ class Config(autoencoder.Config):
 
 
 def check(cfg: Config) -> None:
-    """Raises `UserError` where there is nothing to begin from, or to write."""
-    if cfg.initial is not None and not (cfg.initial / FIGURES).exists():
+    """Raises `UserError` where there is nothing to start from, or to export."""
+    if cfg.initial is not None and not (cfg.initial / RECORD).exists():
         raise UserError(
             f"--initial {cfg.initial} is no teacher that pre-training wrote: it holds no "
-            f"{FIGURES}; give a folder such as {ASSETS / 'pocket'}"
+            f"{RECORD}; give a folder such as {ASSETS / 'pocket'}"
         )
     if cfg.export and not (cfg.out / "unet.safetensors").exists():
         raise UserError(
@@ -133,15 +133,15 @@ def check(cfg: Config) -> None:
 
 
 def images_before(cfg: Config, name: str) -> int:
-    """Images that the parts of `cfg.initial` have seen; 0 for a training from nothing."""
-    return int(read_json(cfg.initial / FIGURES)[name]) if cfg.initial else 0
+    """Images that the parts of `cfg.initial` have seen; 0 for a training from scratch."""
+    return int(read_json(cfg.initial / RECORD)[name]) if cfg.initial else 0
 
 
 # ---- the autoencoder ----
 
 
 def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
-    """Train (or finish training) the autoencoder; gives the averaged one, or `cfg.initial`'s."""
+    """Train the autoencoder, from its checkpoint; gives the averaged one, or `cfg.initial`'s."""
     if cfg.initial is not None:
         kept = AutoencoderDC(**VAE_CONFIG)
         kept.load_state_dict(load_part(cfg.initial, "vae", "AutoencoderDC").state_dict())
@@ -179,7 +179,7 @@ def train_vae(cfg: Config, data: CaptionedImages) -> AutoencoderDC:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """All drawings as latents, and their captions' text states, ready to be picked from."""
+    """All drawings as latents, and the text states of all their captions."""
 
     latents: Tensor  # (rows, C, 8, 8)
     text: Tensor  # (captions, tokens, 384), bfloat16; the empty caption first
@@ -187,16 +187,17 @@ class TrainingSet:
     count: Tensor  # (rows,), captions of a row
 
     def captions(self, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-        """One of each row's captions at random, or, now and then, the empty one: numbers (B,)."""
+        """One of each row's captions at random, or the empty one, by number, (B,)."""
         pick = (torch.rand(len(rows), generator=generator) * self.count[rows]).long()
         numbers = self.choices[rows, pick]
         return numbers.where(torch.rand(len(rows), generator=generator) >= dropout, 0)
 
     def states(self, captions: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
-        """Text states of captions (B,), (B, tokens, 384), made harder to learn by heart.
+        """Text states of captions (B,), (B, tokens, 384), augmented.
 
-        Some states, or all, give way to the sentence state; where all do, it moves towards the one
-        most like it in the batch, as a vague prompt lies between the captions of several drawings.
+        The sentence state replaces some token states, or all. Where it replaces all, it moves
+        towards the most similar one of the batch, because a vague prompt lies between the captions
+        of several drawings.
         """
         B = len(captions)
         states = self.text[captions].float()
@@ -216,7 +217,7 @@ class TrainingSet:
 
 @torch.no_grad()
 def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
-    """Every drawing through the autoencoder, every caption through the text encoder, once."""
+    """Encode every drawing and every caption once."""
     latents = torch.cat(
         [teacher.encode_images(data.images(rows)) for rows in torch.arange(len(data)).split(128)]
     )
@@ -246,7 +247,7 @@ def sample_timesteps(count: int, T: int, cfg: Config, generator: torch.Generator
 
 
 def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2DConditionModel:
-    """Train (or finish training) the U-Net on latents; gives the averaged one."""
+    """Train the U-Net on latents, from its checkpoint; gives the averaged one."""
     torch.manual_seed(cfg.seed)
     unet = UNet2DConditionModel(**UNET_CONFIG)
     if cfg.initial is not None:
@@ -296,7 +297,7 @@ def train_unet(cfg: Config, vae: AutoencoderDC, data: CaptionedImages) -> UNet2D
 
 
 def export(cfg: Config, vae: AutoencoderDC, unet: UNet2DConditionModel, psnr: float) -> None:
-    """Write the teacher's parts in half precision, its settings and the training's figures."""
+    """Write the teacher's parts in half precision, its settings and its training record."""
     for name, part in {"vae": vae, "unet": unet}.items():
         part.half().save_pretrained(cfg.assets / name)
         part.float()
@@ -308,7 +309,7 @@ def export(cfg: Config, vae: AutoencoderDC, unet: UNet2DConditionModel, psnr: fl
     vae_images = images_before(cfg, "vae_images_seen")
     if cfg.initial is None:
         vae_images = load_tensors(cfg.out / "vae.safetensors")[1]["images"]
-    figures = {
+    record = {
         "psnr_val": round(psnr, 3),
         "vae_images_seen": vae_images,
         "images_seen": unet_meta["images"],
@@ -317,7 +318,7 @@ def export(cfg: Config, vae: AutoencoderDC, unet: UNet2DConditionModel, psnr: fl
         "params_vae": sum(p.numel() for p in vae.parameters()),
         "config": {k: v for k, v in as_json(cfg).items() if k not in ("out", "assets", "export")},
     }
-    write_json(cfg.assets / FIGURES, figures)
+    write_json(cfg.assets / RECORD, record)
 
 
 def pretrain(cfg: Config) -> None:

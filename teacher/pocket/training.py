@@ -1,4 +1,4 @@
-"""A model in training: its optimizers, its moving average, how both outlive a stop, its curves.
+"""A model in training: its optimizers, its moving average, its checkpoint, its curves.
 
 `teacher/pocket/pretrain.py` trains the pocket teacher's autoencoder and U-Net with it.
 """
@@ -25,9 +25,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 class Training:
     """A model with its optimizers and moving average, saved and restored as one file.
 
-    `muon` names the parameters that Muon (Jordan et al. 2024) moves, by orthogonalised momentum; a
-    convolution's kernel (out, in, h, w) counts as the matrix (out, in h w). AdamW moves the others.
-    `images` are those that a model new here has seen elsewhere.
+    Args:
+        muon: names of the parameters that Muon (Jordan et al. 2024) updates; a convolution's kernel
+            (out, in, h, w) counts as the matrix (out, in h w). AdamW updates the others.
+        images: those that the model has seen before this training.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Training:
         self.model = model
         named = dict(model.named_parameters())
         self.kernels = [p for name, p in named.items() if name in muon]
-        # parameters of their own over the same memory, since Muon takes nothing but matrices
+        # parameters of their own over the same memory, because Muon takes matrices alone
         self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.kernels]
         others = [p for name, p in named.items() if name not in muon]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -78,7 +79,7 @@ class Training:
         self.images += images
 
 
-def plot_curves(columns: Mapping[Path, str], picture: Path) -> None:
+def plot_curves(columns: Mapping[Path, str], path: Path) -> None:
     """A column of each log, smoothed, side by side as a PNG."""
     import matplotlib
 
@@ -99,5 +100,5 @@ def plot_curves(columns: Mapping[Path, str], picture: Path) -> None:
         axis.plot([step for step, _ in rows[::width]], means)
         axis.set(title=f"{log.stem}: {column}", xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    figure.savefig(picture, dpi=80)
+    figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -27,8 +27,8 @@ def encoded(image: Image.Image, kind: str, **options) -> io.BytesIO:
 
 @pytest.mark.parametrize("size", [(64, 48), (37, 90), (256, 256)])
 def test_resized_and_cropped_as_torchvision_does(size):
-    draw = np.random.default_rng(0)
-    coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = coarse.resize(size, Image.Resampling.BICUBIC)
     expected = vision.center_crop(vision.resize(smooth, 32, vision.InterpolationMode.BICUBIC), 32)
     difference = np.asarray(expected).astype(int) - decode(encoded(smooth, "PNG"), 32)
@@ -42,8 +42,8 @@ def test_shrinking_averages_instead_of_picking():
 
 
 def test_a_large_jpeg_looks_the_same_at_a_fraction():
-    draw = np.random.default_rng(0)
-    coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     large = coarse.resize((1600, 1200), Image.Resampling.BICUBIC)
     exact = decode(encoded(large, "PNG"), 64).astype(int)
     assert np.abs(exact - decode(encoded(large, "JPEG", quality=95), 64)).mean() < 3

@@ -111,8 +111,8 @@ def test_a_drawing_fills_the_frame_whatever_its_place(tmp_path, size, view):
 def test_both_styles_fill_the_frame():
     data = load_target("emoji", "train")
     for row in range(0, len(data), 60):
-        drawn = np.argwhere((data.read(row) < 250).any(2))  # (pixels, 2)
-        low, high = drawn.min(0), drawn.max(0)
+        ink = np.argwhere((data.read(row) < 250).any(2))  # (pixels, 2)
+        low, high = ink.min(0), ink.max(0)
         assert low.min() >= 1 and high.max() < 63, data.captions[row]  # a rim of two, blended
         assert (high - low).max() >= 50, data.captions[row]  # white at the rim is not seen
 

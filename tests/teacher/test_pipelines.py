@@ -123,10 +123,10 @@ def test_a_folder_gives_what_stock_diffusers_gives(folders, layout):
     assert teacher.guidance_scale == 7.5 and teacher.name == str(folders[layout])
 
     options = {"num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
-    draw = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    ours = teacher.pipe(PROMPTS[:2], generator=draw, **options).images
-    draw = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    assert (ours == stock(PROMPTS[:2], generator=draw, **options).images).all()
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    ours = teacher.pipe(PROMPTS[:2], generator=generators, **options).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert (ours == stock(PROMPTS[:2], generator=generators, **options).images).all()
 
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     mean = stock.vae.encode(images).latent_dist.mean * 0.18215
@@ -175,11 +175,11 @@ def test_the_pocket_teacher_saved_as_a_plain_folder_is_the_same_teacher(tmp_path
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(plain.encode_images(images), pocket.encode_images(images))
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
-    drawn = [
+    images = [
         teacher.pipe(prompts[:1], generator=[torch.Generator().manual_seed(3)], **options).images
         for teacher in (plain, pocket)
     ]
-    assert (drawn[0] == drawn[1]).all()
+    assert (images[0] == images[1]).all()
     write_json(tmp_path / "teacher.json", {"guidance_scale": 3.0, "resolution": 32})
     settled = load_teacher(str(tmp_path))
     assert (settled.guidance_scale, settled.resolution, settled.latent_size) == (3.0, 32, 4)
