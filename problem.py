@@ -35,7 +35,7 @@ TAYLOR_BATCHES = 16  # that importance is taken over
 INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
 LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
 DISTANCE_ROWS = 512
-WORDINGS_OF = 1000  # images whose captions tell content from wording
+WORDINGS_OF = 300  # images whose captions tell content from wording
 START_SPREAD, START_LIMIT = 1.5, 4.0  # of logits that start at the importance
 
 

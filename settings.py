@@ -64,6 +64,8 @@ class Pruning:
     """AdamW's learning rate of predictor and codes; by target (paper: 2e-4)."""
     lr_warmup: int | None = None
     """Steps of linear learning-rate warm-up; by target (paper: 100)."""
+    lr_decay: float = 0.5
+    """Share of the steps, at the end, in which the rate falls linearly to 0 (paper: constant)."""
     weight_decay: float = 0.0
     """AdamW's weight decay of predictor and codes (paper: not said; PyTorch's default is 0.01)."""
     caption_dropout: float = 0.1
@@ -116,8 +118,9 @@ class Pruning:
     """Route by what an image's captions have in common; otherwise wording counts (paper: counts).
     """
     own_keys: bool = True
-    """Route by the codes as they start; otherwise by the codes as trained (paper: trained)."""
-    predictor_rate: float = 0.1
+    """Routing is settled when the codes start: it compares with the codes as they were then, and
+    the predictor's weights stay. Otherwise all are trained on (paper: trained on)."""
+    predictor_rate: float = 0.05
     """Learning rate of the predictor's weights, relative to --lr (paper: 1)."""
     center: bool = True
     """Route by centred vectors; otherwise by raw ones (paper: raw)."""
@@ -181,10 +184,10 @@ PRUNING: dict[str, dict[str, Any]] = {
     "emoji": {
         "teacher": "pocket",
         "prompt_encoder": "minilm",
-        "warmup_steps": 40,
-        "joint_steps": 80,
+        "warmup_steps": 20,
+        "joint_steps": 100,
         "batch_size": 64,
-        "lr": 0.05,
+        "lr": 0.1,
         "lr_warmup": 10,
     },
     "paper": {  # for every target that is not listed
@@ -205,6 +208,7 @@ AS_PRINTED: dict[str, Any] = {
     "by_content": False,
     "own_keys": False,
     "predictor_rate": 1.0,
+    "lr_decay": 0.0,
     "center": False,
     "sample_noise": False,
     "common_noise": False,
@@ -214,7 +218,7 @@ AS_PRINTED: dict[str, Any] = {
     "weight_decay": 0.01,
 }
 PRINTED: dict[str, dict[str, Any]] = {  # what --as-printed changes in `PRUNING`
-    "emoji": {"warmup_steps": 40, "joint_steps": 160},
+    "emoji": {"warmup_steps": 40, "joint_steps": 160, "lr": 0.05},
     "paper": {"warmup_steps": 500, "joint_steps": 2500, "lr": 2e-4, "lr_warmup": 100},  # App. E.2
 }
 

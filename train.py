@@ -156,7 +156,7 @@ class PruningStep:
             cfg.num_experts,
             cfg.lambda_distill,
             lambda_res,
-            cfg.lambda_cont,
+            0.0 if cfg.own_keys and not warmup else cfg.lambda_cont,
         )
         # The U-Net's graph is gone by now. This term is zero, and its gradient with respect to a is
         # `gate_gradient`: through it, backward carries the image losses on into the router.
@@ -303,6 +303,8 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             warmup = step < cfg.warmup_steps
             if step == cfg.warmup_steps and cfg.num_experts > 1:
                 router.start_codes(z, seed=cfg.seed, transport=cfg.transport)
+            # with keys that stay, embeddings stay too
+            router.predictor.weight.requires_grad_(warmup or not cfg.own_keys)
             generator = step_generator(cfg.seed, "train", step)
             rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
             others = torch.randperm(len(z), generator=generator)
@@ -321,8 +323,10 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             terms["loss"].backward()
             advice = "try a lower --lr or --precision fp32, and another --out"
             checkpoint.guard(step, values["loss"], router.parameters(), advice)
+            rise = (step + 1) / max(1, cfg.lr_warmup)
+            fall = (steps - step) / max(1.0, cfg.lr_decay * steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+                group["lr"] = group["rate"] * min(1.0, rise, fall)
             optimizer.step()
             seconds["warmup" if warmup else "joint"] += time.time() - clock
             if log is None:
