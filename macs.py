@@ -13,7 +13,7 @@ U-Net once, on the meta device, where no weight is allocated.
 Departures from the paper, and what it leaves open:
 - MACs are counted exactly, as `torch.utils.flop_counter` counts matrix products (half its flops).
   The paper's 1384.2 G for SD 2.1 at 768 px come from counting cross-attention as S x S instead of
-  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `paper_macs` counts the other.
+  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `plan.paper_macs` counts the other.
 - Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
   depth gate. The paper does not say how it prices them.
 - `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say
@@ -29,9 +29,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,43 +89,6 @@ def module_macs(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Counter[s
     macs = {path: sum(ops.values()) // 2 for path, ops in counter.get_flop_counts().items()}
     by_module = {path.removeprefix(root): n for path, n in macs.items() if path.startswith(root)}
     return Counter({"": macs["Global"]} | by_module)
-
-
-def paper_macs(unet: UNet2DConditionModel, *, latent_size: int) -> int:
-    """The U-Net's MACs by the convention of the paper's tables, for comparison with them only.
-
-    It counts, for one image with one text token,
-    - all matrix products, where the two of a cross-attention are taken to be as large as those of
-      self-attention at that place, S x S, not S x tokens;
-    - one operation for each element that a bias, a normalisation, an activation or a softmax
-      (S x S a head, again) puts out.
-
-    Args:
-        unet: run once as it is; give a `skeleton`, cut or not, unless a real forward is wanted.
-        latent_size: height and width of the latent: pixels / 8.
-    """
-    extra = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal extra
-        if isinstance(module, Attention):
-            S = inputs[0].flatten(2).shape[2] if inputs[0].ndim == 4 else inputs[0].shape[1]
-            extra += module.heads * S * S
-            if module.is_cross_attention:
-                extra += 2 * module.inner_dim * S * (S - 1)
-        elif isinstance(module, FeedForward):
-            extra += inputs[0].shape[:-1].numel() * module.net[2].in_features  # its activation
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.SiLU) or (
-            isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None
-        ):
-            extra += output.numel()
-
-    hooks = [module.register_forward_hook(count) for module in unet.modules()]
-    device = next(unet.parameters()).device
-    macs = module_macs(unet, example_inputs(unet, latent_size, 1, device))[""]
-    for hook in hooks:
-        hook.remove()
-    return macs + extra
 
 
 # ---- T(a) ----

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -27,7 +29,6 @@ from macs import (
     example_inputs,
     measure_macs,
     module_macs,
-    paper_macs,
     skeleton,
 )
 from settings import FINETUNING, PAPER_PIXELS, Pruning
@@ -108,6 +109,43 @@ def level_costs(
             }
         )
     return rows
+
+
+def paper_macs(unet: UNet2DConditionModel, *, latent_size: int) -> int:
+    """The U-Net's MACs by the convention of the paper's tables, for comparison with them only.
+
+    It counts, for one image with one text token,
+    - all matrix products, where the two of a cross-attention are taken to be as large as those of
+      self-attention at that place, S x S, not S x tokens;
+    - one operation for each element that a bias, a normalisation, an activation or a softmax
+      (S x S a head, again) puts out.
+
+    Args:
+        unet: run once as it is; give a `skeleton`, cut or not, unless a real forward is wanted.
+        latent_size: height and width of the latent: pixels / 8.
+    """
+    extra = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        nonlocal extra
+        if isinstance(module, Attention):
+            S = inputs[0].flatten(2).shape[2] if inputs[0].ndim == 4 else inputs[0].shape[1]
+            extra += module.heads * S * S
+            if module.is_cross_attention:
+                extra += 2 * module.inner_dim * S * (S - 1)
+        elif isinstance(module, FeedForward):
+            extra += inputs[0].shape[:-1].numel() * module.net[2].in_features  # its activation
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.SiLU) or (
+            isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None
+        ):
+            extra += output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in unet.modules()]
+    device = next(unet.parameters()).device
+    macs = module_macs(unet, example_inputs(unet, latent_size, 1, device))[""]
+    for hook in hooks:
+        hook.remove()
+    return macs + extra
 
 
 def describe(

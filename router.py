@@ -184,9 +184,9 @@ class PromptRouter(nn.Module):
     @torch.no_grad()
     def shift(self, amount: float) -> None:
         """Add a number to every logit of every e and every code."""
-        self.predictor.bias += amount
+        self.predictor.bias.add_(amount)
         if not self.shared:
-            self.own += amount
+            self.own.add_(amount)
 
     @torch.no_grad()
     def similarity(self, e: Tensor, codes: Tensor | None = None) -> Tensor:

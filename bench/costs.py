@@ -24,7 +24,8 @@ from common.errors import UserError
 from common.files import load_tensors, read_json
 from common.randomness import step_generator
 from gates import ArchSpace
-from macs import MacsModel, example_inputs, measure_macs, meet_budget, paper_macs, skeleton
+from macs import MacsModel, example_inputs, measure_macs, meet_budget, skeleton
+from plan import paper_macs
 from prune_unet import cut_in_place
 
 TABLE_4 = (0.65, 0.77, 0.78, 0.79, 0.79, 0.80, 0.81, 0.83)  # MACs ratios of APTP-Base on COCO

@@ -25,7 +25,10 @@ from torch import Tensor
 
 from common.errors import UserError
 
-CHECKSUMS = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}  # the second in older files
+CHECKSUMS: dict[str, Any] = {
+    "xxh3": xxhash.xxh3_128,
+    "sha256": hashlib.sha256,
+}  # the second in older files
 
 
 @contextmanager
