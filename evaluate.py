@@ -31,10 +31,10 @@ import baselines
 import finetune
 import train
 from common.errors import UserError, command_line
-from common.files import read_json, replacing, write_json
+from common.files import replacing, write_json
 from common.randomness import batch_rows, step_generator
 from common.ranges import check_ranges
-from common.runs import RUNS, as_json, claim, newest_run
+from common.runs import RUNS, as_json, claim, newest_run, read_run
 from evaluation import metrics
 from evaluation.analysis import Routed
 from evaluation.features import load_extractor
@@ -49,8 +49,8 @@ from evaluation.report import Inputs, write_report
 from evaluation.scores import SUITES, Reconstructed, Subset, in_common
 from evaluation.tables import aggregate, markdown, write_tables
 from finetune import load_codes
-from macs import measure_macs, retained
-from problem import load_split, prepare, write_results
+from macs import retained
+from problem import load_split, output_distances, prepare, write_results
 from sample import APTPPipeline, read_prompts
 from settings import FREE, Finetuning, Pruning, resolve, resolve_finetuning
 from targets.images import spread
@@ -147,39 +147,35 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     """
     check(cfg)
     pipeline, sampling = APTPPipeline.from_pretrained(run, cfg.device), cfg.sampling()
-    summary, settings = read_json(run / "summary.json"), read_json(run / "config.json")
+    names = ("summary.json", "config.json", "assignments.json")
+    summary, settings, assigned = read_run(run, *names)
+    codes, macs = load_codes(run, pipeline.space), pipeline.macs()
     suite = SUITES[cfg.metrics](pipeline.teacher.device)
     method, experts = summary.get("method", "aptp"), summary["experts"]
     found: list[dict[str, Any]] = []
     common, routed, samples = [], {}, []
-    assigned = read_json(run / "assignments.json")
     for split in ("train", "validation"):
         data = load_split(settings, split, pipeline.teacher.resolution)
         rows = spread(len(data), cfg.images)
         real = Subset(data, rows)
+        chosen = torch.tensor(assigned[split])
+        distances = output_distances(pipeline.teacher, data, codes, chosen, macs)
         made = generated(pipeline, method, data.captions, split, rows, cfg)
         for name, images in made.items():
             who = {"method": name, "split": split} | images.costs(pipeline.ratios)
-            found.append(who | suite(images, real))
+            found.append(who | suite(images, real) | (distances if name == method else {}))
         if cfg.dense:
             ceiling = suite(Reconstructed(pipeline.teacher, real), real)
             found.append({"method": "autoencoder", "split": split, "images": len(rows)} | ceiling)
         routed[split] = Routed(data.captions, data.groups, assigned[split])
-        if any(data.groups) and len(experts) > 1:
-            common.append(in_common(data, assigned[split], split))
+        if len(experts) > 1:
+            common += in_common(data, assigned[split], split)
         if split == "validation":
             ratios = pipeline.ratios
             samples = examples(data.captions, made[method], made.get("dense"), ratios)
     if cfg.prompts_file:
         found += free_prompts(pipeline, method, cfg)
     metrics_json = {"rows": found, "nmi": common, "settings": as_json(cfg)}
-    codes = load_codes(run, pipeline.space)
-    macs = measure_macs(
-        pipeline.teacher.unet,
-        pipeline.space,
-        latent_size=pipeline.teacher.latent_size,
-        text_tokens=pipeline.teacher.text_tokens,
-    )
     blocks, kept = retained(codes, macs)
     inputs = Inputs(
         summary,
@@ -320,7 +316,7 @@ def compare(cfg: Config) -> Path:
         print(f"--- cell {number} of {len(cells)}: {method}, seed {seed}", flush=True)
         run = folder / f"{method}-{seed}"
         prune(method, replace(pruning, seed=seed, out=run))
-        experts = read_json(run / "summary.json")["num_experts"]
+        experts = read_run(run, "summary.json")[0]["num_experts"]
         own = steps * cfg.num_experts // experts  # as many steps in all as APTP's experts together
         done = finetuned(run, method, own, replace(tuning, seed=seed))
         if not (done / "report" / "metrics.json").exists():

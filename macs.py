@@ -13,7 +13,7 @@ U-Net once, on the meta device, where no weight is allocated.
 Departures from the paper, and what it leaves open:
 - MACs are counted exactly, as `torch.utils.flop_counter` counts matrix products (half its flops).
   The paper's 1384.2 G for SD 2.1 at 768 px come from counting cross-attention as S x S instead of
-  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `plan.paper_macs` counts the other.
+  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `plan.paper_macs` is theirs.
 - Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
   depth gate. The paper does not say how it prices them.
 - `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say

@@ -32,14 +32,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError, command_line
-from common.files import checksum, fingerprint, load_tensors, read_json
+from common.files import checksum, fingerprint, load_tensors
 from common.processes import pick_device
 from common.ranges import check_ranges
-from common.runs import newest_run
+from common.runs import newest_run, read_run
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
 from finetune import expert_path, load_codes
 from gates import ArchSpace
+from macs import MacsModel, measure_macs
 from prune_unet import cut_expert, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from teacher.model import Teacher, load_teacher
@@ -86,7 +87,7 @@ class APTPPipeline:
         run, where = Path(run), pick_device(device)
         if not run.is_dir():
             raise UserError(f"--run {run} does not exist; `python train.py` makes one")
-        summary = read_json(run / "summary.json")
+        (summary,) = read_run(run, "summary.json")
         teacher = load_teacher(
             summary["teacher"], where, precision=precision, resolution=resolution
         )
@@ -101,9 +102,7 @@ class APTPPipeline:
             encoder,
             [expert["macs_ratio"] for expert in summary["experts"]],
         )
-        load_codes(
-            run, pipeline.space
-        )  # refuses another teacher's run before it generates anything
+        load_codes(run, pipeline.space)  # refuses another teacher's run before any image is made
         return pipeline
 
     @property
@@ -111,6 +110,11 @@ class APTPPipeline:
         return ArchSpace.from_unet(
             self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"]
         )
+
+    def macs(self) -> MacsModel:
+        """T(a) at the pipeline's resolution."""
+        sizes = {"latent_size": self.teacher.latent_size, "text_tokens": self.teacher.text_tokens}
+        return measure_macs(self.teacher.unet, self.space, **sizes)
 
     def is_finetuned(self, expert: int) -> bool:
         return expert_path(self.run, expert).exists()

@@ -25,10 +25,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-CHECKSUMS: dict[str, Any] = {
-    "xxh3": xxhash.xxh3_128,
-    "sha256": hashlib.sha256,
-}  # the second in older files
+CHECKSUMS: dict[str, Any] = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}  # older: sha256
 
 
 @contextmanager

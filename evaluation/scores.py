@@ -117,9 +117,19 @@ SUITES: dict[str, Callable[[torch.device], Embedded | Published]] = {
 }
 
 
-def in_common(captions: CaptionedImages, experts: list[int], split: str) -> dict[str, Any]:
-    """How much expert and group have in common, and the same after a shuffle, as a control."""
-    found: dict[str, Any] = {"split": split, "prompts": len(experts)}
-    found["nmi"] = metrics.nmi(experts, captions.groups)
-    found["shuffled"] = metrics.shuffled_nmi(experts, captions.groups)
-    return found
+def in_common(data: CaptionedImages, experts: list[int], split: str) -> list[dict[str, Any]]:
+    """What experts have in common with groups and styles, where a target has them.
+
+    Each beside the same after a shuffle, as a control.
+    """
+    return [
+        {
+            "split": split,
+            "label": label,
+            "prompts": len(experts),
+            "nmi": metrics.nmi(experts, labels),
+            "shuffled": metrics.shuffled_nmi(experts, labels),
+        }
+        for label, labels in (("group", data.groups), ("style", data.styles))
+        if any(labels)
+    ]

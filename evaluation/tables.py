@@ -16,6 +16,9 @@ from common.files import read_json, replacing, write_json
 MEASURES = {  # of a score, where it has them: key -> heading, digits
     "macs_ratio": ("MACs ratio", 3),
     "seconds": ("s/image", 3),
+    "distance": ("distance ↓", 4),
+    "distance_exchanged": ("exchanged", 4),
+    "distance_static": ("one code", 4),
     "frechet": ("Fréchet ↓", 1),
     "mmd": ("MMD ↓", 2),
     "r1": ("R@1 ↑", 3),
