@@ -2,12 +2,20 @@
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PNDMScheduler, UNet2DConditionModel
 from hypothesis import Phase, settings
+
+from gates import ArchSpace
+from macs import measure_macs
+from problem import Problem
+from settings import Pruning
+from teacher.encoded import Encoded
+from teacher.model import Teacher
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # no shrinking: most examples are seeds, and a smaller seed is no simpler
@@ -50,16 +58,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "resnet_out_scale_factor": 1.4,
     },
 }
+ROWS = 24  # of the tiny teacher's target
+
+
+def tiny_unet(layout: str) -> UNet2DConditionModel:
+    """A tiny frozen U-Net. No bias is zero, as those of norms are at the start."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(**LAYOUTS[layout]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
 
 
 @pytest.fixture(scope="session", params=LAYOUTS)
 def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
-    """A tiny frozen U-Net of each layout. No bias is zero, as those of norms are at the start."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(**LAYOUTS[request.param]).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    """A tiny frozen U-Net of each layout."""
+    return tiny_unet(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The layouts that are conditioned on text states alone."""
+    if unet.config.addition_embed_type:
+        pytest.skip("the teacher's batches hold text states alone")
+    return unet
+
+
+@pytest.fixture(scope="session")
+def smallest() -> UNet2DConditionModel:
+    """The smallest of them."""
+    return tiny_unet("sd1")
 
 
 @pytest.fixture(scope="session")
@@ -79,5 +107,54 @@ def make_inputs() -> Callable[..., dict[str, Any]]:
                 "time_ids": torch.randint(64, (batch_size, 6), generator=draw).float(),
             }
         return inputs
+
+    return make
+
+
+def tiny_teacher(unet: UNet2DConditionModel) -> Teacher:
+    """A teacher of a tiny U-Net; an empty caption's text states are all 7."""
+    schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
+
+    def encode_prompt(prompts: list[str], *_: Any) -> tuple[torch.Tensor, None]:
+        assert not any(prompts)
+        return torch.full((len(prompts), 5, 16), 7.0), None
+
+    pipe: Any = SimpleNamespace(unet=unet, scheduler=schedule, encode_prompt=encode_prompt)
+    return Teacher("tiny", pipe, 1.0)
+
+
+@pytest.fixture(scope="session")
+def problem_of(
+    make_inputs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Problem]:
+    """problem_of(unet, budget, depth, ...): noise as the target of a tiny teacher."""
+    prices: dict[Any, Any] = {}
+    out = tmp_path_factory.mktemp("run")
+
+    def make(
+        unet: UNet2DConditionModel, budget: float = 0.7, depth: str = "paper", **settings: Any
+    ) -> Problem:
+        key = (id(unet), depth)
+        if key not in prices:
+            space = ArchSpace.from_unet(unet, depth)
+            prices[key] = unet, measure_macs(unet, space, latent_size=8, text_tokens=5)
+        macs = prices[key][1]
+        options = {"warmup_steps": 1, "joint_steps": 2, "batch_size": 6, "lr": 0.1, "lr_warmup": 2}
+        cfg = Pruning(**{"budget": budget, "num_experts": 3, "out": out, **options, **settings})
+        inputs = make_inputs(unet, ROWS, seed=3)
+        absent: Any = None
+        return Problem(
+            cfg,
+            tiny_teacher(unet),
+            macs.space,
+            macs,
+            data=absent,
+            validation=absent,
+            encoder=absent,
+            z=torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0)),
+            content=torch.eye(12),
+            encoded=Encoded(inputs["sample"], inputs["encoder_hidden_states"]),
+            seconds=0.0,
+        )
 
     return make

@@ -2,65 +2,27 @@
 
 import copy
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYOUTS
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 from torch import nn
 
 import baselines
 import losses
 from baselines import METHODS
-from common.randomness import step_generator
-from gates import ArchSpace, gumbel_noise, gumbel_sigmoid
-from macs import measure_macs, skeleton
+from common.randomness import batch_rows, step_generator
+from gates import ArchSpace, gumbel_noise, inside
+from macs import measure_macs, meet_budget, skeleton
 from problem import Problem
-from prune_unet import attach_gates, check_code, cut_expert, cut_in_place, inside, reader
-from settings import Pruning
+from prune_unet import attach_gates, check_code, cut_expert, cut_in_place, gated_module
 from teacher.blocks import BlockRecorder
-from teacher.encoded import Encoded
-from teacher.model import Teacher, add_noise
+from teacher.model import add_noise
 from teacher.shapes import ASSETS, load_shape
 
-ROWS, STEPS = 24, 3
 SHARES = st.floats(0, 1)  # of the way from the smallest expert to the dense model
-
-
-@pytest.fixture(scope="module")
-def problem_of(make_inputs, tmp_path_factory):
-    """problem_of(unet, budget, depth, ...): noise as the target of a tiny teacher."""
-    prices = {}
-    out = tmp_path_factory.mktemp("run")
-
-    def make(unet, budget=0.7, depth="paper", **settings):
-        key = (id(unet), depth)
-        if key not in prices:
-            space = ArchSpace.from_unet(unet, depth)
-            prices[key] = unet, measure_macs(unet, space, latent_size=8, text_tokens=5)
-        macs = prices[key][1]
-        options = {"warmup_steps": 1, "joint_steps": STEPS - 1, "batch_size": 6, "lr": 0.1}
-        cfg = Pruning(**{"budget": budget, "lr_warmup": 2, "out": out, **options, **settings})
-        schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
-        teacher = Teacher("tiny", SimpleNamespace(unet=unet, scheduler=schedule), 1.0)
-        inputs = make_inputs(unet, ROWS, seed=3)
-        encoded = Encoded(inputs["sample"], inputs["encoder_hidden_states"], torch.arange(ROWS))
-        z = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0))
-        return Problem(cfg, teacher, macs.space, macs, None, None, None, z, encoded, 0.0)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def tiny(unet):
-    """The layouts that are conditioned on text states alone."""
-    if unet.config.addition_embed_type:
-        pytest.skip("the teacher's batches hold text states alone")
-    return unet
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +30,15 @@ def pocket():
     return UNet2DConditionModel.from_pretrained(ASSETS / "pocket" / "unet").eval()
 
 
-@pytest.fixture(scope="module")
-def smallest():
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(**LAYOUTS["sd1"]).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
 def sizes(unet: nn.Module, name: str) -> tuple[float, int]:
     """L1 norm and number of the weights under a name."""
     weights = [w.double() for key, w in unet.named_parameters() if key.startswith(name)]
     return sum(w.abs().sum().item() for w in weights), sum(w.numel() for w in weights)
+
+
+def code_of(method: str, problem: Problem) -> torch.Tensor:
+    """The codes of a method, (N, D), (1, D) of most."""
+    return METHODS[method](problem, problem.start_router())
 
 
 # ---- budgets and codes ----
@@ -101,7 +59,7 @@ def test_codes_meet_the_budget_to_one_percent(problem_of, unet, method, share):
     macs = problem_of(unet, depth=depth).macs
     floor = macs.floor / macs.dense
     budget = min(1.0, floor * (1 + 1e-6) + share * (1 - floor))
-    code = METHODS[method](problem_of(unet, budget, depth))
+    code = code_of(method, problem_of(unet, budget, depth))
     assert code.shape == (1, macs.space.size) and code.dtype == torch.float32
     check_met(macs, code, budget, coarse=method == "bksdm")
     check_code(code[0], macs.space)  # it can be cut
@@ -110,9 +68,9 @@ def test_codes_meet_the_budget_to_one_percent(problem_of, unet, method, share):
 @pytest.mark.parametrize("method", ["sp", "uni-arch"])
 @pytest.mark.parametrize("budget", [0.85, 0.6])
 def test_codes_made_from_data_meet_the_budget(problem_of, tiny, monkeypatch, method, budget):
-    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
     problem = problem_of(tiny, budget)
-    check_met(problem.macs, METHODS[method](problem), budget)
+    check_met(problem.macs, code_of(method, problem), budget)
 
 
 @given(share=SHARES)
@@ -123,17 +81,17 @@ def test_the_pocket_teacher_meets_any_budget(problem_of, pocket, share):
         macs = problem_of(pocket, depth=depth).macs
         floor = macs.floor / macs.dense
         budget = floor * (1 + 1e-6) + 0.999 * share * (1 - floor)
-        code = METHODS[method](problem_of(pocket, budget, depth))
+        code = code_of(method, problem_of(pocket, budget, depth))
         check_met(macs, code, budget)
 
 
 def test_dense_is_ones_whatever_the_budget(problem_of, unet):
-    assert METHODS["dense"](problem_of(unet, 0.5)).eq(1).all()
+    assert code_of("dense", problem_of(unet, 0.5)).eq(1).all()
 
 
 def test_random_is_a_function_of_the_seed(problem_of, unet):
-    codes = [METHODS["random"](problem_of(unet, seed=seed))[0] for seed in (0, 1, 2)]
-    assert torch.equal(codes[1], METHODS["random"](problem_of(unet, seed=1))[0])
+    codes = [code_of("random", problem_of(unet, seed=seed))[0] for seed in (0, 1, 2)]
+    assert torch.equal(codes[1], code_of("random", problem_of(unet, seed=1))[0])
     for other in (codes[0], codes[2]):
         assert 0.1 < (codes[1] != other).float().mean() < 0.9
 
@@ -174,7 +132,7 @@ def test_norms_are_relative_to_a_layer_and_to_a_kind_of_layer(unet):
 
 def test_no_unit_that_norm_closes_beats_one_of_its_layer_that_stays(problem_of, unet):
     problem = problem_of(unet, 0.6)
-    code = METHODS["norm"](problem)[0]
+    code = code_of("norm", problem)[0]
     scores = baselines.relative_norms(unet, problem.space)
     closed_some = 0
     for layer in problem.space.width_layers:
@@ -188,103 +146,55 @@ def test_no_unit_that_norm_closes_beats_one_of_its_layer_that_stays(problem_of, 
 # ---- sp ----
 
 
-def weight_sums(unet, space) -> torch.Tensor:
-    """Sum of w dL/dw over the weights that each gate scales, from the weights' own gradients."""
-    sums = torch.full((space.size,), torch.nan)
-    for layer in space.width_layers:
-        weight = reader(unet, layer)[0].weight
-        products = (weight * weight.grad).transpose(0, 1)  # a row an input channel
-        sums[layer.span] = products.reshape(layer.units, -1).sum(1)
-    for layer in space.depth_layers:
-        module = unet.get_submodule(layer.name)
-        is_resnet = layer.name.split(".")[-2] == "resnets"
-        if is_resnet and (module.conv_shortcut is not None or module.output_scale_factor != 1):
-            continue  # the branch is not all that the gate scales
-        last = module.conv2 if is_resnet else module.proj_out
-        sums[layer.start] = sum((w * w.grad).sum() for w in last.parameters())
-    return sums
-
-
-@pytest.mark.parametrize("least_loss", [0.05, 0.9])
-def test_taylor_importance_is_that_of_the_weights(problem_of, tiny, monkeypatch, least_loss):
-    """Gates' gradients against weights' gradients, a sample at a time, by interval and loss."""
-    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 2)
-    monkeypatch.setattr(baselines, "LEAST_LOSS", least_loss)
-    problem = problem_of(tiny, depth="all")
-    unet = copy.deepcopy(tiny).requires_grad_(True)
-    found: dict[int, list] = {}
-    for step in range(2):
-        draw = step_generator(problem.cfg.seed, "taylor", step)
-        _, batch = baselines.draw_batch(problem, step, draw)
-        for row in range(6):
-            part = batch.part(torch.tensor([row]))
-            unet.zero_grad()
-            loss = losses.denoising_loss(unet(**part.inputs()).sample, part.target).sum()
-            loss.backward()
-            change = weight_sums(unet, problem.space).abs()
-            found.setdefault(int(part.t) * 20 // 1000, []).append((loss.item(), change))
-    mean_losses = {i: sum(x for x, _ in pairs) / len(pairs) for i, pairs in found.items()}
-    counted = [i for i, x in mean_losses.items() if x > least_loss * max(mean_losses.values())]
-    assert least_loss < 0.5 or 0 < len(counted) < len(found)
-    expected = sum(torch.stack([g for _, g in found[i]]).mean(0) for i in counted)
-    scores = baselines.taylor_importance(problem)
-    known = ~expected.isnan()
-    assert known[: problem.macs.unit_cost.shape[0]].all()
-    assert known.sum() > problem.macs.unit_cost.shape[0]  # depth units among them
-    assert torch.allclose(scores[known], expected[known].detach(), rtol=1e-3, atol=1e-6)
-
-
-def test_a_micro_batch_changes_nothing(problem_of, tiny, monkeypatch):
-    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 2)
-    whole = baselines.taylor_importance(problem_of(tiny))
-    parts = baselines.taylor_importance(problem_of(tiny, micro_batch=4))
-    assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-7)
-
-
-@torch.no_grad()
-def loss_changes(problem, size: float) -> torch.Tensor:
-    """Mean over samples of |loss without `size` of a unit - loss|, one unit at a time, (D,)."""
-    unet, D = problem.teacher.unet, problem.space.size
-    codes = torch.cat([torch.ones(1, D), torch.ones(D, D) - size * torch.eye(D)])  # dense first
-    gates = attach_gates(unet, problem.space)
-    _, batch = baselines.draw_batch(problem, 0, step_generator(problem.cfg.seed, "taylor", 0))
-    total = torch.zeros(D)
-    for row in range(6):
-        part = batch.part(torch.full((D + 1,), row))
-        gates.set_gates(codes)
-        loss = losses.denoising_loss(unet(**part.inputs()).sample.double(), part.target.double())
-        total += (loss[1:] - loss[0]).abs().float() / 6
-    gates.detach()
-    return total
-
-
-def test_taylor_importance_ranks_units_like_closing_them(problem_of, smallest, monkeypatch):
-    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
-    monkeypatch.setattr(baselines, "INTERVALS", 1)
-    problem = problem_of(smallest)
-    scores = baselines.taylor_importance(problem)
-    nearly = loss_changes(problem, 0.05)
-    assert spearmanr(scores, nearly).statistic > 0.95
-    assert torch.allclose(nearly / 0.05, scores, rtol=0.2, atol=0.1 * scores.max().item())
-    assert spearmanr(scores, loss_changes(problem, 1.0)).statistic > 0.8
-
-
 def test_units_that_do_nothing_are_closed_first(problem_of, tiny, monkeypatch):
     """Where the budget is just what the other units cost, `sp` finds those exactly."""
-    monkeypatch.setattr(baselines, "TAYLOR_STEPS", 1)
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
     unet = copy.deepcopy(tiny)
     space = ArchSpace.from_unet(unet)
     alive = torch.ones(space.size)
     for layer in space.width_layers:
-        module, width = reader(unet, layer)
+        module, width = gated_module(unet, layer)
         half = torch.arange(layer.units) % 2 == 1
         alive[layer.span][half] = 0
         module.weight[:, half.repeat_interleave(width // layer.units)] = 0
     macs = problem_of(unet).macs
     budget = macs(alive).item() / macs.dense
-    assert torch.equal(METHODS["sp"](problem_of(unet, budget))[0], alive)
-    kept = METHODS["norm"](problem_of(unet, budget))[0]
+    assert torch.equal(code_of("sp", problem_of(unet, budget))[0], alive)
+    kept = code_of("norm", problem_of(unet, budget))[0]
     assert (kept == alive).float().mean() > 0.8  # dead columns are part of a unit's norm
+
+
+# ---- routed-sp ----
+
+
+@pytest.mark.parametrize("budget", [0.85, 0.6])
+def test_routed_sp_meets_the_budget_over_its_clusters(problem_of, smallest, monkeypatch, budget):
+    monkeypatch.setattr(baselines, "ROUTED_BATCHES", 6)
+    problem = problem_of(smallest, budget)
+    router = problem.start_router()
+    codes = METHODS["routed-sp"](problem, router)
+    N = problem.cfg.num_experts
+    assert codes.shape == (N, problem.space.size) and len(codes.unique(dim=0)) == N
+    routed = torch.bincount(router.route(problem.z), minlength=N)
+    assert (routed > 0).all()  # balanced clusters, which the router sends prompts to
+    used = (routed / routed.sum()).double() @ problem.macs(codes) / problem.macs.dense
+    assert 0.99 * budget <= used.item() <= budget + 1e-7
+    for code in codes:
+        check_code(code, problem.space)
+
+
+def test_routed_sp_scores_each_cluster_by_its_own_prompts(problem_of, smallest, monkeypatch):
+    problem = problem_of(smallest)
+    router, asked = problem.start_router(), []
+    scores = torch.rand(3, problem.space.size, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        baselines, "taylor_importance", lambda *given: asked.append(given) or scores
+    )
+    codes = METHODS["routed-sp"](problem, router)
+    (_, clusters, batches), routed = asked[0], router.route(problem.z)
+    assert torch.equal(clusters, routed) and batches == baselines.ROUTED_BATCHES
+    shares = torch.tensor([(routed == i).float().mean() for i in range(3)])
+    assert torch.equal(codes, meet_budget(scores, shares, problem.macs, problem.cfg.budget))
 
 
 # ---- bksdm ----
@@ -358,7 +268,7 @@ def test_at_a_published_size_the_expert_is_the_published_unet(
     unet = published(pocket, size)
     problem = problem_of(pocket, depth="all")
     budget = measure_macs(unet, latent_size=8, text_tokens=5).dense / problem.macs.dense
-    code = METHODS["bksdm"](problem_of(pocket, budget, "all"))[0]
+    code = code_of("bksdm", problem_of(pocket, budget, "all"))[0]
     weights = pocket.state_dict()
     unet.load_state_dict(
         {name: weights[in_teacher(name)] for name in unet.state_dict()}, assign=True
@@ -381,7 +291,7 @@ def test_at_a_published_size_the_expert_is_the_published_unet(
 @settings(max_examples=20)
 def test_blocks_go_in_order_and_the_next_one_is_thinned_first(problem_of, pocket, share):
     problem = problem_of(pocket, 0.45 + 0.55 * share, "all")
-    code = METHODS["bksdm"](problem)[0]
+    code = code_of("bksdm", problem)[0]
     gone = [layer.name for layer in problem.space.depth_layers if code[layer.start] == 0]
     order = baselines.removal_order(problem.space)
     count = sum(set(block) <= set(gone) for block in order)
@@ -404,13 +314,14 @@ def test_blocks_go_in_order_and_the_next_one_is_thinned_first(problem_of, pocket
 
 def test_bksdm_asks_for_a_space_that_names_its_blocks(problem_of, unet):
     with pytest.raises(ValueError, match='depth "all"'):
-        METHODS["bksdm"](problem_of(unet, 0.7, "paper"))
+        code_of("bksdm", problem_of(unet, 0.7, "paper"))
 
 
 # ---- uni-arch ----
 
 
-def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest):
+def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest, monkeypatch):
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
     logits = [baselines.train_code(problem_of(smallest, seed=seed)) for seed in (0, 0, 1)]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
@@ -420,13 +331,16 @@ def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest):
 
 def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
     """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
-    problem = problem_of(tiny, warmup_steps=0, joint_steps=1, lr_warmup=0, open_logit=0.5, seed=3)
+    settings = {"warmup_steps": 0, "joint_steps": 1, "lr_warmup": 0, "open_logit": 0.5, "seed": 3}
+    problem = problem_of(tiny, hold_budget=False, importance_start=False, **settings)
     cfg, space = problem.cfg, problem.space
     draw = step_generator(cfg.seed, "train", 0)
-    _, batch = baselines.draw_batch(problem, 0, draw)
-    gumbel_noise((6, space.size), generator=draw)  # of the predictor that is not used
+    torch.randperm(len(problem.z), generator=draw)  # of the transport that is not needed
+    rows = batch_rows(len(problem.z), 6, cfg.seed, 0)
+    batch = problem.noised(rows, draw, dropout=cfg.caption_dropout)
     code = torch.full((1, space.size), cfg.open_logit, requires_grad=True)
-    a = gumbel_sigmoid(code, cfg.gumbel_temp, generator=draw)
+    noise = gumbel_noise((6, space.size), generator=draw)
+    a = torch.sigmoid((code + noise) / cfg.gumbel_temp)
     recorder, gates = BlockRecorder(tiny), attach_gates(tiny, space)
     expected, blocks = tiny(**batch.inputs()).sample, recorder.take()
     gates.set_gates(a)
@@ -434,20 +348,22 @@ def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
     gates.detach()
     distillation = (output - expected).square().mean()
     for ours, theirs in zip(recorder.take(), blocks, strict=True):
-        distillation = distillation + (ours - theirs).square().mean()
+        errors, sizes = (x.square().flatten(1).mean(1) for x in (ours - theirs, theirs))
+        distillation = distillation + (errors / sizes).mean() / len(blocks)
     recorder.detach()
-    resource = (problem.macs(a)[0] / (cfg.budget * problem.macs.dense)).log().abs()
+    resource = (problem.macs(a).mean() / (cfg.budget * problem.macs.dense)).log().abs()
     image = (output - batch.target).square().mean() + cfg.lambda_distill * distillation
     (gradient,) = torch.autograd.grad(image + cfg.lambda_res * resource, code)
-    moved = baselines.train_code(problem) - cfg.open_logit * (1 - 0.01 * cfg.lr)  # weight decay
+    moved = baselines.train_code(problem) - cfg.open_logit
     sure = gradient[0].abs() > 1e-5
     assert sure.float().mean() > 0.8
     assert torch.allclose(moved[sure], -cfg.lr * gradient[0, sure].sign(), rtol=1e-2)
 
 
 def test_uni_arch_lowers_its_loss(problem_of, smallest, tmp_path):
-    problem = problem_of(smallest, 0.6, joint_steps=39, out=tmp_path, lr_warmup=0)
-    code = METHODS["uni-arch"](problem)
+    start = {"joint_steps": 39, "lr_warmup": 0, "importance_start": False}
+    problem = problem_of(smallest, 0.6, out=tmp_path, **start)
+    code = code_of("uni-arch", problem)
     with (tmp_path / "metrics.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     assert len(rows) == 40
@@ -455,9 +371,11 @@ def test_uni_arch_lowers_its_loss(problem_of, smallest, tmp_path):
     def mean(part: list[dict[str, float]], key: str) -> float:
         return sum(row[key] for row in part) / len(part)
 
-    assert mean(rows[-4:], "loss") < 0.8 * mean(rows[:4], "loss")
-    assert mean(rows[-4:], "macs_ratio") == pytest.approx(0.6, abs=0.1)
-    chance = [METHODS["random"](problem_of(smallest, 0.6, seed=seed)) for seed in range(6)]
+    # the denoising loss is that of noise here, of which nothing can be learned
+    assert mean(rows[-8:], "distillation") < 0.7 * mean(rows[:4], "distillation")
+    assert mean(rows[-8:], "loss") < mean(rows[:4], "loss")
+    assert [row["macs_ratio"] for row in rows] == pytest.approx([0.6] * 40, rel=1e-4)
+    chance = [code_of("random", problem_of(smallest, 0.6, seed=seed)) for seed in range(6)]
     assert distance(problem, code) < min(distance(problem, other) for other in chance)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gates import ArchSpace, binarize, gumbel_noise, gumbel_sigmoid, open_probability
+from gates import ArchSpace, binarize, gumbel_noise, gumbel_sigmoid
 from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
@@ -132,7 +132,6 @@ def test_share_of_open_gates_is_the_closed_form(logit, temperature):
     share = (gates > 0.5).double().mean().item()
     deviation = math.sqrt(probability * (1 - probability) / 50_000)
     assert abs(share - probability) < 4 * deviation
-    assert open_probability(torch.tensor(logit)).item() == pytest.approx(probability, rel=1e-5)
 
 
 def test_a_low_temperature_gives_nearly_binary_gates():
@@ -150,6 +149,22 @@ def test_gumbel_sigmoid_follows_its_formula_and_its_generator():
     gates.sum().backward()
     slope = (expected * (1 - expected) / 0.4).detach()
     assert torch.allclose(logits.grad, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (4, 1)])
+def test_noise_that_is_given_is_the_noise_that_is_used(shape):
+    """One row of it serves a whole batch."""
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 6, generator=draw, requires_grad=True)
+    noise = torch.randn(shape, generator=draw)
+    gates = gumbel_sigmoid(logits, 0.4, noise=noise)
+    for i in range(4):
+        for j in range(6):
+            g = noise[i % shape[0], j % shape[1]].item()
+            expected = 1 / (1 + math.exp(-(logits[i, j].item() + g) / 0.4))
+            assert gates[i, j].item() == pytest.approx(expected, abs=1e-6)
+    gates.sum().backward()
+    assert (logits.grad > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

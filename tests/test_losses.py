@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import losses
+from gates import gumbel_sigmoid
+from router import PromptRouter
 
 SEEDS = st.integers(0, 2**31)
 
@@ -32,19 +34,63 @@ def test_squared_distances_are_means_over_each_sample(seed, B):
         assert torch.allclose(loss(x, y), torch.tensor(expected), rtol=1e-5)
 
 
-def test_distillation_adds_the_blocks_to_the_output_and_spares_the_teacher():
+def plain_blocks(student: list[Tensor], teacher: list[Tensor], normalise: bool) -> list[float]:
+    """Eq. 28 of each sample over plain numbers: squared norms, relative to the teacher's or not."""
+    found = []
+    for b in range(len(student[0])):
+        terms = []
+        for s, t in zip(student, teacher, strict=True):
+            ours, theirs = s[b].flatten().tolist(), t[b].flatten().tolist()
+            error = sum((q - p) ** 2 for p, q in zip(ours, theirs, strict=True))
+            terms.append(error / (sum(q**2 for q in theirs) if normalise else len(theirs)))
+        found.append(sum(terms) / (len(terms) if normalise else 1))
+    return found
+
+
+@given(seed=SEEDS, B=st.integers(1, 3), normalise=st.booleans())
+def test_block_distillation_equals_the_loop(seed, B, normalise):
+    shapes = [(B, 4, 3, 3), (B, 2, 5, 5), (B, 7, 1, 1)]
+    student = [random(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+    teacher = [10**i * random(*shape, seed=seed + 9 + i) for i, shape in enumerate(shapes)]
+    loss = losses.block_distillation_loss(student, teacher, normalise)
+    expected = torch.tensor(plain_blocks(student, teacher, normalise))
+    assert torch.allclose(loss, expected, rtol=1e-4)
+
+
+@given(seed=SEEDS, size=st.floats(1e-3, 1e3))
+def test_a_normalised_block_counts_alike_whatever_its_size(seed, size):
+    """A block, student's and teacher's, times a number: no sample's loss changes."""
+    student = [random(3, 4, 5, 5, seed=seed + i) for i in range(3)]
+    teacher = [random(3, 4, 5, 5, seed=seed + 9 + i) for i in range(3)]
+    loss = losses.block_distillation_loss(student, teacher)
+    student[1], teacher[1] = size * student[1], size * teacher[1]
+    assert torch.allclose(losses.block_distillation_loss(student, teacher), loss, rtol=1e-4)
+    plain = losses.block_distillation_loss(student, teacher, normalise=False)
+    if size > 10:  # there the plain sum is all but this block
+        share = losses.block_distillation_loss(student[1:2], teacher[1:2], normalise=False)
+        assert (share / plain > 0.9).all()
+    zeros = [torch.zeros_like(t) for t in teacher]
+    assert torch.allclose(losses.block_distillation_loss(zeros, teacher), torch.ones(3))
+
+
+def test_a_teachers_block_of_zeros_gives_a_finite_loss():
+    blocks = [random(2, 3).requires_grad_()], [torch.zeros(2, 3)]
+    loss = losses.block_distillation_loss(*blocks).sum()
+    loss.backward()
+    assert loss.isfinite() and blocks[0][0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_distillation_adds_the_blocks_to_the_output_and_spares_the_teacher(normalise):
     shapes = [(2, 4, 8, 8), (2, 8, 4, 4), (2, 4, 8, 8)]
     student = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     teacher = [random(*shape, seed=9 + i).requires_grad_() for i, shape in enumerate(shapes)]
     out, target = random(2, 3, 8, 8).requires_grad_(), random(2, 3, 8, 8, seed=1).requires_grad_()
-    loss = losses.distillation_loss(out, target, student, teacher)
-    expected = torch.zeros(2)
-    for s, t in [(out, target), *zip(student, teacher, strict=True)]:
-        for b in range(2):
-            expected[b] += ((s[b] - t[b]) ** 2).sum().detach() / s[b].numel()
+    loss = losses.distillation_loss(out, target, student, teacher, normalise)
+    expected = torch.tensor(plain_blocks(student, teacher, normalise))
+    for b in range(2):
+        expected[b] += ((out[b] - target[b]) ** 2).sum().item() / out[b].numel()
     assert torch.allclose(loss, expected, rtol=1e-5)
-    blocks = losses.block_distillation_loss(student, teacher)
-    assert torch.allclose(blocks + losses.output_distillation_loss(out, target), loss)
     loss.sum().backward()
     assert all(s.grad is not None and s.grad.abs().sum() > 0 for s in [out, *student])
     assert all(t.grad is None for t in [target, *teacher])
@@ -132,10 +178,20 @@ def test_contrastive_loss_stays_finite_where_the_softmax_saturates():
     assert one.isfinite()
 
 
-def test_contrastive_loss_trains_the_predictor_only():
-    z, e = random(4, 5).requires_grad_(), random(4, 6).requires_grad_()
-    losses.contrastive_loss(z, e).backward()
-    assert z.grad is None and e.grad.abs().sum() > 0
+@pytest.mark.parametrize("shared", [True, False])
+def test_contrastive_loss_trains_the_predictor_only(shared):
+    """Of a router's parts: neither what codes have of their own, nor the prompts' embeddings."""
+    router = PromptRouter(5, 6, 3, shared=shared)
+    z = random(4, 5).requires_grad_()
+    e_prime = gumbel_sigmoid(router(z.detach()), noise=random(1, 6))
+    losses.contrastive_loss(z, e_prime, 0.1).backward()
+    assert z.grad is None and router.own.grad is None
+    for parameter in (router.predictor.weight, router.predictor.bias):
+        assert parameter.grad.abs().sum() > 0
+    before = losses.contrastive_loss(z, e_prime, 0.1)
+    torch.optim.SGD(router.predictor.parameters(), lr=0.01).step()
+    after = gumbel_sigmoid(router(z.detach()), noise=random(1, 6))
+    assert losses.contrastive_loss(z, after, 0.1) < before
 
 
 # ---- resources: Eqs. 26, 31 ----
@@ -155,6 +211,36 @@ def test_resource_loss_is_symmetric_and_pulls_towards_the_target():
         assert loss.item() == pytest.approx(math.log(1.25))
         assert macs.grad.sign().item() == sign  # descent lowers what is above, raises what is below
     assert losses.resource_loss(torch.tensor(3e11), 3e11).item() == 0
+
+
+@given(seed=SEEDS, gumbel_temp=st.floats(0.1, 2))
+def test_the_budgets_multiplier_takes_out_of_the_gradient_what_changes_the_price(seed, gumbel_temp):
+    """By logits: image losses and log T of some smooth kind, differentiated by autograd."""
+    logits = random(3, 8, seed=seed).double().requires_grad_()
+    wanted, cost = random(3, 8, seed=seed + 1), random(8, seed=seed + 2).abs().double() + 0.1
+    a = torch.sigmoid(logits / gumbel_temp)
+    image, log_T = (a - wanted).square().sum(), ((a @ cost) ** 2).mean().log()
+    slope, price = (torch.autograd.grad(f, a, retain_graph=True)[0] for f in (image, log_T))
+    multiplier = losses.budget_multiplier(slope, price, a.detach(), gumbel_temp)
+    of_image, of_price = (
+        torch.autograd.grad(f, logits, retain_graph=True)[0] for f in (image, log_T)
+    )
+    plain = -(of_image * of_price).sum().item()
+    assert multiplier.item() >= 0 and multiplier.ndim == 0
+    if plain <= 0:  # the image losses make it cheaper as they are
+        assert multiplier.item() == 0
+        return
+    total = of_image + multiplier * of_price
+    inner = (total * of_price).sum().item()
+    assert abs(inner) < 1e-9 * of_image.norm().item() * of_price.norm().item()
+    (at_once,) = torch.autograd.grad(image + multiplier * log_T, logits)
+    assert torch.allclose(at_once, total)
+    assert at_once.norm() <= of_image.norm()  # the least-squares multiplier: the shortest rest
+
+
+def test_the_budgets_multiplier_is_finite_where_no_gate_moves():
+    shut = torch.zeros(2, 4)
+    assert losses.budget_multiplier(torch.ones(2, 4), torch.ones(2, 4), shut, 0.4).item() == 0
 
 
 # ---- the objectives: Eqs. 15, 30 ----

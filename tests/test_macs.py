@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from gates import ArchSpace, binarize
-from macs import check_budget, measure_macs, meet_budget, paper_macs, skeleton
+from macs import budget_shift, check_budget, measure_macs, meet_budget, skeleton
+from plan import paper_macs
 from prune_unet import cut_in_place
 from teacher.shapes import load_shape
 
@@ -147,6 +148,36 @@ def test_paper_convention_counts_an_expert_as_it_is_and_leaves_no_hooks(unet):
 
 
 # ---- budgets ----
+
+
+@given(
+    seed=SEEDS,
+    B=st.integers(1, 6),
+    spread=st.floats(0, 10),
+    centre=st.floats(-20, 20),
+    budget=st.floats(0.3, 0.99),
+    gumbel_temp=st.floats(0.1, 1),
+)
+@settings(max_examples=40)
+def test_shifted_logits_cost_the_budget(price, seed, B, spread, centre, budget, gumbel_temp):
+    """Soft gates, mean over the batch, whatever the logits and how far they are from it."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = centre + spread * torch.randn(B, price.space.size, generator=draw)
+    closed = price(torch.zeros(price.space.size)).item() / price.dense
+    budget = max(budget, closed + 0.01)
+    shift = budget_shift(logits, gumbel_temp, price, budget * price.dense)
+    a = 1 / (1 + torch.exp(-(logits.double() + shift) / gumbel_temp))
+    assert price(a).mean().item() / price.dense == pytest.approx(budget, rel=1e-5)
+
+
+def test_logits_that_cost_the_budget_are_not_shifted(price):
+    logits = 3 * torch.randn(4, price.space.size, generator=torch.Generator().manual_seed(0))
+    a = torch.sigmoid(logits.double() / 0.4)
+    shift = budget_shift(logits, 0.4, price, price(a).mean().item())
+    assert shift == pytest.approx(0, abs=1e-4)
+    assert budget_shift(logits + 5, 0.4, price, price(a).mean().item()) == pytest.approx(
+        -5, abs=1e-4
+    )
 
 
 @pytest.fixture(scope="module", params=["pocket", "sd21"])

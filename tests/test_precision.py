@@ -65,12 +65,14 @@ def pruned(teacher: Any, batch: Noised, **options: Any) -> tuple[dict[str, Tenso
     torch.manual_seed(0)
     space = ArchSpace.from_unet(teacher.unet)
     router = PromptRouter(DZ, space.size, N)
-    nn.init.normal_(router.codes, 1.0)
+    nn.init.normal_(router.own)
+    nn.init.normal_(router.keys)
     z = torch.randn(B, DZ)
     macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=5)
     gates = attach_gates(teacher.unet, space)
     # the image losses alone: the router's other terms are computed in float32 always
-    cfg = Pruning(num_experts=N, batch_size=B, budget=0.6, lambda_res=0, lambda_cont=0, **options)
+    alone = {"hold_budget": False, "lambda_res": 0.0, "lambda_cont": 0.0}
+    cfg = Pruning(num_experts=N, batch_size=B, budget=0.6, **alone, **options)
     step = train.PruningStep(cfg, teacher, router, gates, macs)
     terms = step(z, batch, torch.Generator().manual_seed(5), warmup=False)
     terms["loss"].backward()

@@ -1,12 +1,18 @@
 """The router: embeddings, balanced assignment while training, nearest code afterwards."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
-from router import PromptEncoder, PromptRouter
+from router import PromptEncoder, PromptRouter, content_map
 
 PROMPTS = ["a giraffe", "an elephant in the savanna", "a slice of pizza", "the japan flag"]
+N, D, DZ = 4, 40, 16
+SEEDS = st.integers(0, 2**31)
 
 
 @pytest.fixture(scope="module")
@@ -14,87 +20,253 @@ def encoder():
     return PromptEncoder("minilm")
 
 
-@pytest.fixture
-def router():
-    torch.manual_seed(0)
-    router = PromptRouter(16, 40, 4)
+def random_router(seed: int = 0, **options) -> PromptRouter:
+    """A router in training: its codes differ and have left its keys, its prompts lie anywhere."""
+    torch.manual_seed(seed)
+    router = PromptRouter(DZ, D, N, **options)
     with torch.no_grad():
-        router.codes += 0.3 * torch.randn(4, 40)
-        router.mean_z.copy_(torch.randn(16))
+        router.own += 0.3 * torch.randn(N, D)
+        router.keys.copy_(router.codes + 0.1 * torch.randn(N, D))
+        router.mean_z.copy_(torch.randn(DZ))
+        router.content += 0.1 * torch.randn(DZ, DZ)
     return router
 
 
-def test_predictor_is_one_linear_layer_that_starts_open(router):
-    z = F.normalize(torch.randn(5, 16), dim=-1)
-    e = router(z)
-    assert torch.allclose(e, z @ router.predictor.weight.T + router.predictor.bias, atol=1e-6)
-    assert e.mean().item() == pytest.approx(2.0, abs=0.2)
+@pytest.fixture
+def router():
+    return random_router()
 
 
-def test_similarity_is_the_cosine_of_centred_vectors(router):
-    e = torch.randn(6, 40)
-    mean = router.predictor(router.mean_z).detach()
-    for i in range(4):
-        for j in range(6):
-            code, embedding = (router.codes[i] - router.codes.mean(0)).detach(), e[j] - mean
-            cosine = code @ embedding / (code.norm() * embedding.norm())
-            assert router.similarity(e)[i, j].item() == pytest.approx(cosine.item(), abs=1e-5)
-    router.center = False
-    cosine = F.cosine_similarity(router.codes[2], e[3], dim=0)
-    assert router.similarity(e)[2, 3].item() == pytest.approx(cosine.item(), abs=1e-5)
+def keys_of(router: PromptRouter) -> Tensor:
+    """What embeddings are compared with, (N, D)."""
+    return router.keys if router.own_keys else router.codes.detach()
+
+
+def cosines(router: PromptRouter, e: Tensor) -> np.ndarray:
+    """Cosine of each key with each embedding, (N, B), written out; centred if the router is."""
+    A, E = (x.detach().double().numpy() for x in (keys_of(router), e))
+    if router.center:
+        A, E = A - A.mean(0), E - router.predictor.bias.detach().double().numpy()
+    table = np.zeros((len(A), len(E)))
+    for i, a in enumerate(A):
+        for j, vector in enumerate(E):
+            table[i, j] = (a * vector).sum() / np.sqrt((a * a).sum() * (vector * vector).sum())
+    return table
+
+
+def plan(table: np.ndarray, eps: float, iterations: int) -> np.ndarray:
+    """Sinkhorn-Knopp of a table of similarities, as Eq. 7 has it."""
+    Q = np.exp(table / eps)
+    for _ in range(iterations):
+        Q = Q / Q.sum(1, keepdims=True) / len(Q)
+        Q = Q / Q.sum(0, keepdims=True) / Q.shape[1]
+    return Q
+
+
+# ---- embeddings and codes ----
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_predictor_is_one_linear_layer_of_centred_content_that_starts_open(shared):
+    router = random_router(shared=shared)
+    z = F.normalize(torch.randn(5, DZ), dim=-1)
+    weight, bias = router.predictor.weight, router.predictor.bias
+    content = router.content
+    expected = torch.stack([weight @ content @ (row - router.mean_z) + bias for row in z])
+    assert torch.allclose(router(z), expected, atol=1e-6)
+    assert router(router.mean_z[None]).mean().item() == pytest.approx(2.0)
+    fresh = PromptRouter(DZ, D, N, shared=shared, open_logit=1.5)
+    assert fresh.codes.eq(1.5).all() and fresh.predictor.bias.eq(1.5).all()
+
+
+def test_shared_codes_are_the_bias_and_what_is_their_own(router):
+    for i in range(N):
+        assert torch.equal(router.codes[i], router.predictor.bias + router.own[i])
+    separate = random_router(shared=False)
+    assert torch.equal(separate.codes, separate.own)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_start_and_a_shift_move_every_embedding_and_every_code(shared):
+    router, z = random_router(shared=shared), torch.randn(5, DZ)
+    e, codes = router(z), router.codes.clone()
+    router.shift(0.7)
+    assert torch.allclose(router(z), e + 0.7, atol=1e-6)
+    assert torch.allclose(router.codes, codes + 0.7, atol=1e-6)
+    logits = torch.randn(D)
+    router.start(logits)
+    assert torch.allclose(router(router.mean_z[None])[0], logits, atol=1e-6)
+    assert torch.equal(router.codes, logits.expand(N, D))
+
+
+# ---- content ----
+
+
+def test_content_is_what_an_images_captions_have_in_common():
+    """Subjects lie along the first axes, wordings along the others: those are removed."""
+    draw = torch.Generator().manual_seed(0)
+    subject, wording = torch.randn(200, 6, generator=draw), torch.randn(4, 6, generator=draw)
+    z = torch.cat([subject.repeat_interleave(4, 0), 2 * wording.repeat(200, 1)], 1)  # (800, 12)
+    C = content_map(z, torch.arange(200).repeat_interleave(4))
+    centred = z - z.mean(0)
+    mapped = centred @ C.T
+    assert mapped[:, 6:].std() < 0.2 * centred[:, 6:].std()
+    assert F.cosine_similarity(mapped[:, :6], centred[:, :6]).min() > 0.95
+    assert mapped.norm(dim=1).mean().item() == pytest.approx(centred.norm(dim=1).mean().item())
+
+
+def test_where_images_have_one_caption_all_of_it_is_content():
+    z = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(content_map(z, torch.arange(30)), torch.eye(8), atol=1e-5)
+    numbered = content_map(z, 100 - 3 * torch.arange(30))
+    assert torch.allclose(numbered, torch.eye(8), atol=1e-5)
+
+
+# ---- similarities ----
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": False}, {"center": False}, {"own_keys": False}], ids=str
+)
+def test_similarity_is_the_cosine_of_centred_vectors(options):
+    router, e = random_router(**options), torch.randn(6, D)
+    assert np.allclose(router.similarity(e).numpy(), cosines(router, e), atol=1e-5)
+
+
+@given(seed=SEEDS, center=st.booleans(), own_keys=st.booleans())
+def test_test_time_routing_takes_the_key_of_the_highest_cosine(seed, center, own_keys):
+    router = random_router(seed % 1000, center=center, own_keys=own_keys)
+    z = torch.randn(30, DZ, generator=torch.Generator().manual_seed(seed))
+    expected = torch.from_numpy(cosines(router, router(z)).argmax(0))
+    assert torch.equal(router.route(z), expected)
+    assert len(expected.unique()) > 1
+
+
+def test_test_time_routing_does_not_depend_on_the_batch(router):
+    z = torch.randn(30, DZ)
+    together = router.route(z)
+    assert torch.equal(together, torch.cat([router.route(row[None]) for row in z]))
+    assert torch.equal(together.flip(0), router.route(z.flip(0)))
+
+
+# ---- transport ----
 
 
 def test_transport_spreads_a_batch_that_nearest_would_not(router):
-    e = router(router.mean_z + 0.3 * torch.randn(64, 16))
-    e = e + router.codes[1] - router.codes.mean(0)  # everything is nearest to code 1
+    e = router(router.mean_z + 0.3 * torch.randn(64, DZ))
+    e = e + router.keys[1] - router.keys.mean(0)  # everything is nearest to code 1
     assert (router.nearest(e) == 1).float().mean() > 0.9
-    counts = torch.bincount(router.transport(e, eps=0.05, iterations=200), minlength=4)
+    experts = router.transport_assignment(e, eps=0.05, iterations=200)
+    counts = torch.bincount(experts, minlength=N)
     # 16 each, give or take the rounding to one expert a prompt
     assert counts.min() >= 6 and counts.max() <= 26
 
 
-def test_assign_gives_each_sample_its_experts_code_with_gradient(router):
-    e = torch.randn(8, 40)
-    experts, a = router.assign(e)
+@given(seed=SEEDS, others=st.sampled_from((0, 1, 50)), iterations=st.integers(1, 5))
+def test_assignment_is_the_batchs_part_of_the_plan_of_all(seed, others, iterations):
+    router, draw = random_router(), torch.Generator().manual_seed(seed)
+    e = torch.randn(9, D, generator=draw) + 1
+    more = torch.randn(others, D, generator=draw) + 1
+    Q = plan(cosines(router, torch.cat([e, more])), 0.1, iterations)  # (N, 9 + others)
+    experts, _ = router.assign(e, others=more, eps=0.1, iterations=iterations)
+    assert experts.tolist() == Q[:, :9].argmax(0).tolist()
+    if not others:
+        assert torch.equal(router.assign(e, eps=0.1, iterations=iterations)[0], experts)
+
+
+def test_other_prompts_change_what_balance_asks_of_a_batch(router):
+    """Alone, a batch of one kind is spread; beside prompts of all kinds, it need not be."""
+    kinds = router.keys - router.keys.mean(0) + router.predictor.bias
+    e = (kinds[1] + 0.1 * torch.randn(8, D)).detach()
+    others = (kinds.repeat(40, 1) + 0.1 * torch.randn(40 * N, D)).detach()
+    assert (router.nearest(e) == 1).all() and (router.assign(e)[0] == 1).sum() <= 4
+    assert router.assign(e, others=others)[0].tolist() == [1] * 8
+
+
+def test_without_transport_prompts_take_their_nearest_code(router):
+    e = router(torch.randn(7, DZ))
+    experts, a = router.assign(e, transport=False)
+    assert torch.equal(experts, router.nearest(e)) and torch.equal(a, router.codes[experts])
+    crowded = e[:1].repeat(7, 1)  # seven times the same prompt
+    assert router.assign(crowded, transport=False)[0].unique().numel() == 1
+    assert router.assign(crowded + 1e-3 * torch.randn(7, D))[0].unique().numel() > 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_assign_gives_each_sample_its_experts_code_with_gradient(shared):
+    router = random_router(shared=shared)
+    experts, a = router.assign(torch.randn(8, D))
     assert torch.equal(a, router.codes[experts])
     a.sum().backward()
-    counts = torch.bincount(experts, minlength=4).float()
-    assert torch.allclose(router.codes.grad, counts[:, None].expand(4, 40))
+    counts = torch.bincount(experts, minlength=N).float()
+    assert torch.allclose(router.own.grad, counts[:, None].expand(N, D))
+    if shared:  # the part that all share learns from all
+        assert router.predictor.bias.grad.tolist() == [8.0] * D
+    else:
+        assert router.predictor.bias.grad is None
 
 
-def test_test_time_routing_does_not_depend_on_the_batch(router):
-    z = torch.randn(30, 16)
-    together = router.route(z)
-    assert torch.equal(together, torch.cat([router.route(row[None]) for row in z]))
-    assert torch.equal(together.flip(0), router.route(z.flip(0)))
-    best = torch.stack([router.similarity(router(row[None]))[:, 0].argmax() for row in z])
-    assert torch.equal(together, best)
+# ---- from prompts to files ----
 
 
-def test_routing_text_is_routing_its_embedding(router, encoder):
-    router = PromptRouter(384, 40, 4)
-    with torch.no_grad():
-        router.codes += torch.randn(4, 40)
+def test_routing_text_is_routing_its_embedding(encoder):
+    router = PromptRouter(384, D, N)
+    router.keys.copy_(torch.randn(N, D))
     assert torch.equal(router.route(PROMPTS, encoder), router.route(encoder(PROMPTS)))
     with pytest.raises(ValueError, match="encoder"):
         router.route(PROMPTS)
 
 
-def test_started_codes_are_the_clusters_of_the_prompts():
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"center": False}], ids=str)
+def test_started_codes_are_the_clusters_of_the_prompts(options):
     torch.manual_seed(1)
-    router = PromptRouter(16, 40, 3)
-    centres = torch.eye(16)[:3] * 10
+    router = PromptRouter(DZ, D, 3, **options)
+    centres = torch.eye(DZ)[:3] * 10
     labels = torch.arange(3).repeat_interleave(20)
-    z = centres[labels] + 0.1 * torch.randn(60, 16)
+    z = centres[labels] + 0.1 * torch.randn(60, DZ)
     router.mean_z.copy_(z.mean(0))
     router.start_codes(z, seed=0)
     routed = router.route(z)
     assert all(len(routed[labels == i].unique()) == 1 for i in range(3))
     assert len(routed.unique()) == 3
+    means = torch.stack([router(z[routed == i]).mean(0) for i in range(3)])
+    assert torch.allclose(router.codes, means, atol=1e-5)
+    assert torch.allclose(router.keys, means, atol=1e-5)
 
 
-def test_settings_rebuild_the_router(router):
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": False}, {"center": False}, {"own_keys": False}], ids=str
+)
+def test_settings_rebuild_the_router(options):
+    router = random_router(**options)
     again = PromptRouter(**router.settings())
-    again.load_state_dict(router.state_dict())
-    z = torch.randn(9, 16)
+    again.load(router.state_dict())
+    z = torch.randn(9, DZ)
     assert torch.equal(again.route(z), router.route(z))
+    assert torch.equal(again.codes, router.codes)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_router_of_an_earlier_version_routes_as_it_did(center):
+    """Its file holds whole codes, and a predictor of uncentred prompts."""
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, mean_z = (torch.randn(s, generator=draw) for s in ((D, DZ), (D,), (DZ,)))
+    codes, z = torch.randn(N, D, generator=draw) + 2, torch.randn(50, DZ, generator=draw)
+    e = z @ weight.T + bias
+    A, E = codes, e
+    if center:  # by the mean of the codes, and by the embedding of the mean prompt
+        A, E = codes - codes.mean(0), e - (weight @ mean_z + bias)
+    expected = torch.stack([F.cosine_similarity(A, row[None], dim=1).argmax() for row in E])
+    settings = {"prompt_dim": DZ, "num_units": D, "num_experts": N, "center": center}
+    router = PromptRouter(**settings)
+    router.load(
+        {
+            "predictor.weight": weight,
+            "predictor.bias": bias,
+            "codes": codes,
+            "mean_z": mean_z,
+        }
+    )
+    assert torch.allclose(router.codes, codes, atol=1e-5)
+    assert torch.allclose(router(z), e, atol=1e-4)
+    assert torch.equal(router.route(z), expected) and len(expected.unique()) == N

@@ -1,0 +1,150 @@
+"""Fine-tuning: one step against Eq. 30 written out, and what many steps do to an expert."""
+
+import csv
+
+import pytest
+import torch
+from conftest import ROWS, tiny_teacher
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import finetune
+from common.randomness import batch_rows, step_generator
+from gates import ArchSpace, binarize
+from prune_unet import cut_expert, load_expert
+from settings import Finetuning
+from teacher.blocks import BlockRecorder
+from teacher.encoded import Encoded
+from teacher.model import Noised, Teacher, add_noise
+
+B = 5
+EMPTY = torch.full((5, 16), 7.0)
+
+
+def code_of(space: ArchSpace) -> Tensor:
+    """A code that closes a third of the units."""
+    logits = torch.rand(space.size, generator=torch.Generator().manual_seed(3))
+    return binarize(logits, space, threshold=1 / 3)
+
+
+def blocks_and_output(unet: UNet2DConditionModel, batch: Noised) -> tuple[list[Tensor], Tensor]:
+    recorder = BlockRecorder(unet)
+    output = unet(**batch.inputs()).sample
+    blocks = recorder.take()
+    recorder.detach()
+    return blocks, output
+
+
+def eq_30(
+    teacher: Teacher, expert: UNet2DConditionModel, batch: Noised, cfg: Finetuning
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 30 of a batch, and its two terms, from the paper; the teacher is a constant."""
+    with torch.no_grad():
+        wanted_blocks, wanted = blocks_and_output(teacher.unet, batch)
+    blocks, output = blocks_and_output(expert, batch)
+    terms = []
+    for b in range(len(batch.sample)):
+        denoising = ((output[b] - batch.target[b]) ** 2).mean()
+        distillation = ((output[b] - wanted[b]) ** 2).mean()
+        for s, t in zip(blocks, wanted_blocks, strict=True):
+            error = ((s[b] - t[b]) ** 2).mean()
+            if cfg.normalise_blocks:
+                error = error / (t[b] ** 2).mean() / len(blocks)
+            distillation = distillation + error
+        terms.append(torch.stack([denoising, distillation]))
+    denoising, distillation = torch.stack(terms).mean(0)
+    return cfg.alpha_ddpm * denoising + cfg.alpha_distill * distillation, denoising, distillation
+
+
+def step(
+    teacher: Teacher, expert: UNet2DConditionModel, batch: Noised, cfg: Finetuning
+) -> dict[str, Tensor]:
+    recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
+    terms = finetune.finetuning_step(teacher, expert, recorders, batch, cfg)
+    for recorder in recorders:
+        recorder.detach()
+    return terms
+
+
+@pytest.fixture
+def encoded(make_inputs, smallest) -> Encoded:
+    inputs = make_inputs(smallest, ROWS, seed=3)
+    return Encoded(inputs["sample"], inputs["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha_ddpm": 1.0, "alpha_distill": 0.3, "micro_batch": 2}, {"normalise_blocks": False}],
+    ids=str,
+)
+def test_a_step_has_the_gradients_of_eq_30(tiny, make_inputs, options):
+    teacher, cfg = tiny_teacher(tiny), Finetuning(**options)
+    inputs, draw = make_inputs(tiny, B), torch.Generator().manual_seed(0)
+    batch = add_noise(teacher, inputs["sample"], inputs["encoder_hidden_states"], draw)
+    space = ArchSpace.from_unet(tiny)
+    expert = cut_expert(tiny, code_of(space), space).requires_grad_(True)
+    terms = step(teacher, expert, batch, cfg)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in expert.parameters()]
+    wanted = eq_30(teacher, expert, batch, cfg)
+    for name, value in zip(("loss", "denoising", "distillation"), wanted, strict=True):
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    gradients = torch.autograd.grad(wanted[0], list(expert.parameters()), allow_unused=True)
+    size = max(g.abs().max().item() for g in gradients if g is not None)
+    assert size > 1e-4
+    for ours, oracle in zip(found, gradients, strict=True):
+        oracle = torch.zeros_like(ours) if oracle is None else oracle
+        assert torch.allclose(ours, oracle, atol=1e-5 * size, rtol=1e-3)
+    assert all(p.grad is None for p in teacher.unet.parameters())
+
+
+def test_a_run_of_one_step_moves_weights_down_the_gradient(smallest, encoded, tmp_path):
+    """AdamW's first step is -lr times the gradient's sign, beside its weight decay."""
+    teacher, space = tiny_teacher(smallest), ArchSpace.from_unet(smallest)
+    before = {name: w.clone() for name, w in smallest.named_parameters()}
+    cfg = Finetuning(steps=1, batch_size=B, lr=1e-3, caption_dropout=0.5)
+    rows = torch.arange(3, ROWS)
+    code = code_of(space)
+    finetune.finetune_expert(cfg, tmp_path, 2, teacher, space, code, encoded, EMPTY, rows)
+    tuned, meta = load_expert(tmp_path / "experts" / "2.safetensors")
+    assert meta["expert"] == 2 and meta["rows"] == len(rows)
+    assert all(torch.equal(w, before[name]) for name, w in smallest.named_parameters())
+
+    draw = step_generator(cfg.seed, "finetune 2", 0)
+    pick = rows[batch_rows(len(rows), B, cfg.seed, 0)]
+    dropped = torch.rand(B, generator=draw) < 0.5
+    assert 0 < dropped.sum() < B
+    text = torch.stack(
+        [EMPTY if gone else encoded.text[row] for gone, row in zip(dropped, pick, strict=True)]
+    )
+    batch = add_noise(teacher, encoded.latents[pick], text, draw)
+    expert = cut_expert(smallest, code, space).requires_grad_(True)
+    eq_30(teacher, expert, batch, cfg)[0].backward()
+    sure = 0
+    for (name, old), new in zip(expert.named_parameters(), tuned.parameters(), strict=True):
+        known = old.grad.abs() > 1e-5
+        moved = new - old.detach() * (1 - 0.01 * cfg.lr)
+        expected = -cfg.lr * old.grad[known].sign()
+        assert torch.allclose(moved[known], expected, rtol=1e-2, atol=1e-6), name
+        sure += int(known.sum())
+    assert sure > 0.5 * sum(p.numel() for p in expert.parameters())
+
+
+def test_many_steps_bring_the_expert_to_the_teacher(smallest, encoded, tmp_path):
+    teacher, space = tiny_teacher(smallest), ArchSpace.from_unet(smallest)
+    cfg = Finetuning(steps=30, batch_size=6, lr=2e-3)
+    rows = torch.arange(ROWS)
+    code = code_of(space)
+    finetune.finetune_expert(cfg, tmp_path, 0, teacher, space, code, encoded, EMPTY, rows)
+    with (tmp_path / "experts" / "0.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(30))
+    first, last = finetune.first_and_last(tmp_path, 0)
+    assert last < 0.7 * first
+    tuned, _ = load_expert(finetune.expert_path(tmp_path, 0))
+    batch = add_noise(teacher, encoded.latents, encoded.text, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        wanted = smallest(**batch.inputs()).sample
+        distances = [
+            ((unet(**batch.inputs()).sample - wanted) ** 2).mean().item()
+            for unet in (cut_expert(smallest, code, space), tuned)
+        ]
+    assert distances[1] < 0.7 * distances[0]

@@ -1,0 +1,63 @@
+"""The house: the paper on top, what carries it in rooms below, arrows one way (DESIGN.md)."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS: dict[str, set[str]] = {  # room -> the rooms that it may import
+    "common": set(),
+    "targets": {"common"},
+    "teacher": {"common", "targets"},
+    "teacher.pocket": {"common", "targets", "teacher", "evaluation"},
+    "evaluation": {"common", "targets", "teacher"},
+}
+TOP = {path.stem for path in ROOT.glob("*.py")}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for folder in ("*.py", *(f"{room}/**/*.py" for room in ROOMS if "." not in room))
+    for path in ROOT.glob(folder)
+}
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted name; a top-level module is its own."""
+    return "teacher.pocket" if name.startswith("teacher.pocket") else name.partition(".")[0]
+
+
+def arrows(source: str) -> set[str]:
+    """Where the imports of a source lead, those in functions and for types included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0  # a relative import hides where it leads
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {room_of(name) for name in names} & {*ROOMS, *TOP, "bench", "docs", "tests"}
+
+
+def test_the_top_level_is_the_paper_in_short_modules():
+    assert 12 <= len(TOP) <= 14, TOP
+    lines = {name: len(source.splitlines()) for name, source in MODULES.items()}
+    assert not {name: count for name, count in lines.items() if count > 350}
+
+
+def test_rooms_import_only_the_rooms_below_them():
+    assert len(MODULES) > 40 and {room_of(name) for name in MODULES} == {*ROOMS, *TOP}
+    rooms = {name: source for name, source in MODULES.items() if room_of(name) in ROOMS}
+    up = {n: arrows(s) - ROOMS[room_of(n)] - {room_of(n)} for n, s in rooms.items()}
+    assert not {name: found for name, found in up.items() if found}
+
+
+def test_the_top_level_has_no_circle():
+    graph = {name: arrows(MODULES[name]) & TOP for name in TOP}
+    assert graph["train"] >= {"router", "losses", "gates"}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_imports_in_functions_and_for_types_count():
+    source = (
+        "import gates\ndef f():\n    from router import x\nif TYPE_CHECKING:\n    import train as t"
+    )
+    assert arrows(source) == {"gates", "router", "train"}
