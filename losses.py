@@ -13,6 +13,8 @@ Losses over images come a sample at a time, (B,), so that the objective can weig
 Departures from the paper:
 - The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15
   minimises it; its negative, the binary cross-entropy, is what can be minimised.
+- Eq. 13 compares e' minus its mean over the batch, as routing does (`router.py`); the cosines of e'
+  itself are all near 1, and the loss is flat. `center=False` compares e', exactly as printed.
 - Eq. 13's log(1 - s) stops at s = 1 - 1e-6, since s reaches 1 where a prompt resembles itself only.
 - Squared norms (Eqs. 1, 27, 28) are means over a sample's elements, which keeps the weights of the
   sums independent of the resolution. Eq. 28's sum over blocks stays a sum.
@@ -48,7 +50,9 @@ def similarity_distribution(vectors: Tensor, contrast_temp: float = 0.03) -> Ten
     return F.log_softmax(unit @ unit.T / contrast_temp, dim=1)
 
 
-def contrastive_loss(z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03) -> Tensor:
+def contrastive_loss(
+    z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03, center: bool = True
+) -> Tensor:
     """Binary cross-entropy of the architectures' similarities s under the prompts' r [Eq. 13]
 
     -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij), a scalar; the module's header explains
@@ -58,7 +62,11 @@ def contrastive_loss(z: Tensor, e_prime: Tensor, contrast_temp: float = 0.03) ->
         z: prompt embeddings, (B, dz); no gradient flows to them.
         e_prime: architecture vectors, (B, D).
         contrast_temp: tau; the paper's value is 0.03.
+        center: compare e' minus its mean over the batch, as routing does; otherwise e' itself,
+            exactly as printed.
     """
+    if center:
+        e_prime = e_prime - e_prime.mean(0)
     r = similarity_distribution(z.detach(), contrast_temp).exp()  # (B, B)
     log_s = similarity_distribution(e_prime, contrast_temp)  # (B, B)
     # log(1 - s), kept away from log 0 where a prompt is similar to itself only

@@ -136,7 +136,7 @@ class PruningStep:
             self.router.shift(budget_shift(noisy, cfg.gumbel_temp, self.macs, self.target))
         a = gumbel_sigmoid(self.logits(z, experts), cfg.gumbel_temp, noise=noise)  # (B, D)
         e_prime = gumbel_sigmoid(self.router(z), cfg.gumbel_temp, noise=contrast_noise)  # (B, D)
-        contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp)
+        contrastive = losses.contrastive_loss(z, e_prime, cfg.contrast_temp, cfg.center)
         weights = losses.sample_weights(experts, cfg.num_experts, B).to(a)  # (B,)
         rows = torch.arange(B) if own is None else own
         denoising, distillation, gate_gradient = self.image_losses(a.detach(), weights, batch, rows)
