@@ -7,7 +7,7 @@
 A run is scored on captions of both splits: the router sends each to its expert, every image has a
 seed of its own, and the unpruned teacher gets the same captions and seeds. The comparison makes an
 ordinary run folder for each method and seed, all at the same budget and fine-tuned for as many
-steps in all, and writes the tables. Both can be killed at any moment and continue with the same
+steps an expert, or in all, and writes the tables. Both can be killed at any moment and continue with the same
 command: images that were generated and cells that were scored are not made again.
 
 Departures from the paper:
@@ -62,9 +62,8 @@ APTP: dict[str, dict[str, Any]] = {  # and the rows of Table 3
     "contrastive": {"transport": False, "distill": False},
     "transport": {"distill": False},
 }
-
 METHODS = (*APTP, *baselines.METHODS)
-
+PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
 SHARED = (  # settings of the comparison that are those of train.py
     *("target", "teacher", "budget", "num_experts", "data_dir", "limit"),
     *("warmup_steps", "joint_steps", "device"),
@@ -118,7 +117,10 @@ class Config:
     joint_steps: int | None = None
     """Comparison: of train.py; by target if not given."""
     finetune_steps: int | None = None
-    """Comparison: fine-tuning steps of each of APTP's experts; others get as many in all."""
+    """Comparison: fine-tuning steps of each of APTP's experts; by target if not given."""
+    protocol: str = "both"
+    """Comparison: steps of a method with one expert. expert: as many as one of APTP's (the paper's
+    protocol); all: as many as all of APTP's together; both."""
     out: Path | None = None
     """Comparison: its folder; runs/compare-<target>-<budget> if not given."""
 
@@ -132,8 +134,12 @@ class Config:
 def check(cfg: Config) -> None:
     """Raises `UserError` for settings that cannot work."""
     check_ranges(cfg)
-    if cfg.metrics not in SUITES:
-        raise UserError(f"--metrics {cfg.metrics} is unknown; choose one of: {', '.join(SUITES)}")
+    for name, value, known in (
+        ("metrics", cfg.metrics, SUITES),
+        ("protocol", cfg.protocol, PROTOCOLS),
+    ):
+        if value not in known:
+            raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
     if cfg.prompts_file and cfg.metrics != "paper":
         raise UserError(
             f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper, or leave it"
@@ -259,11 +265,10 @@ def last_batch(
 def parse_methods(text: str) -> list[str]:
     """Methods named with commas between. Raises `UserError` for one that does not exist."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METHODS:
-            raise UserError(f"--methods {name} is unknown; choose among: {', '.join(METHODS)}")
-    if not names:
-        raise UserError(f"--methods names none; choose among: {', '.join(METHODS)}")
+    unknown = next((name for name in names if name not in METHODS), None)
+    if unknown or not names:
+        what = f"{unknown} is unknown" if unknown else "names none"
+        raise UserError(f"--methods {what}; choose among: {', '.join(METHODS)}")
     return list(dict.fromkeys(names))
 
 
@@ -317,11 +322,12 @@ def compare(cfg: Config) -> Path:
         run = folder / f"{method}-{seed}"
         prune(method, replace(pruning, seed=seed, out=run))
         experts = read_run(run, "summary.json")[0]["num_experts"]
-        own = steps * cfg.num_experts // experts  # as many steps in all as APTP's experts together
-        done = finetuned(run, method, own, replace(tuning, seed=seed))
-        if not (done / "report" / "metrics.json").exists():
-            score(replace(cfg, dense=False), done)
-        write_tables(folder, METHODS)
+        lengths = {"expert": steps, "all": steps * cfg.num_experts // experts}
+        for own in {lengths[name] for name in PROTOCOLS[cfg.protocol]}:
+            done = finetuned(run, method, own, replace(tuning, seed=seed))
+            if not (done / "report" / "metrics.json").exists():
+                score(replace(cfg, dense=False), done)
+            write_tables(folder, METHODS)
     return folder
 
 
