@@ -6,9 +6,8 @@
 
 A run is scored on captions of both splits: the router sends each to its expert, every image has a
 seed of its own, and the unpruned teacher gets the same captions and seeds. The comparison makes an
-ordinary run folder for each method and seed, all at the same budget and fine-tuned for as many
-steps an expert, or in all, and writes the tables. Both can be killed at any moment and continue with the same
-command: images that were generated and cells that were scored are not made again.
+ordinary run folder for each method, seed and number of fine-tuning steps, and writes the tables.
+Both can be killed at any moment and continue with the same command.
 
 Departures from the paper:
 - Where the paper's extractors are not available, distances are taken in the features of an
