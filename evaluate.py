@@ -1,7 +1,6 @@
 """Scores a run, and compares methods: Sec. 4, App. E.3-E.4.
 
     python evaluate.py                         # the newest run: metrics.json, figures, report.html
-    python evaluate.py --run runs/emoji-0.78 --images 500
     python evaluate.py --methods aptp,norm,sp,bksdm,random,uni-arch,dense --seeds 3
 
 A run is scored on captions of both splits: the router sends each to its expert, every image has a
