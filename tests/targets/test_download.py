@@ -22,8 +22,8 @@ import pytest
 from small_data import make_coco, write
 
 from common.errors import UserError
+from targets import __main__ as command
 from targets import download as module
-from targets import images as data
 from targets.download import FILES, RemoteFile, download
 from targets.images import load_target
 
@@ -64,6 +64,11 @@ class Server:
             time.sleep(self.pause)
             if position == self.signal_at:
                 self.reached.set()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -258,7 +263,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_coco_from_nothing_to_rows(coco, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["targets", "coco", "--download", "--data-dir", str(coco)])
-    data.main()
+    command.main()
     assert capsys.readouterr().out.count("complete") == 3
     got = contents(coco)
     expected = contents(tmp_path / "made")
@@ -266,7 +271,7 @@ def test_coco_from_nothing_to_rows(coco, server, tmp_path, monkeypatch, capsys):
     assert got.keys() - expected.keys() == {f"{remote.name}.json" for remote in FILES["coco"]}
     assert len(load_target("coco", "train", data_dir=coco)) == 12
     server.asked.clear()
-    data.main()
+    command.main()
     assert not server.asked and contents(coco) == got
 
 
