@@ -130,10 +130,16 @@ def distillation_loss(
     student_blocks: Sequence[Tensor],
     teacher_blocks: Sequence[Tensor],
     normalise: bool = True,
+    block_weight: float = 0.2,
 ) -> Tensor:
-    """Output level plus block level, (B,); `normalise` as in Eq. 28 [Eq. 29]"""
+    """Output level plus block level, (B,) [Eq. 29]
+
+    Args:
+        normalise: as in Eq. 28.
+        block_weight: of the block level; the paper's value is 1.
+    """
     blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)
-    return output_distillation_loss(student, teacher) + blocks
+    return output_distillation_loss(student, teacher) + block_weight * blocks
 
 
 def finetuning_loss(

@@ -83,8 +83,10 @@ class Pruning:
     """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
     out: Path | None = None
     """Run folder; runs/<target>-<budget> if not given."""
-    lambda_distill: float = 0.2
+    lambda_distill: float = 1.0
     """Weight of distillation in Eq. 15 (paper: 0.2)."""
+    block_weight: float = 0.2
+    """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     lambda_res: float = 2.0
     """Weight of the resource loss with --no-hold-budget (paper: 2.0)."""
     lambda_cont: float = 100.0
@@ -163,6 +165,8 @@ class Finetuning:
     """Weight of the denoising loss in Eq. 30 (paper: 1e-4)."""
     alpha_distill: float = 1.0
     """Weight of distillation (paper: 1.0)."""
+    block_weight: float = 1.0
+    """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one."""
     normalise_blocks: bool = True
@@ -185,7 +189,7 @@ PRUNING: dict[str, dict[str, Any]] = {
         "teacher": "pocket",
         "prompt_encoder": "minilm",
         "warmup_steps": 20,
-        "joint_steps": 100,
+        "joint_steps": 120,
         "batch_size": 64,
         "lr": 0.1,
         "lr_warmup": 10,
@@ -213,6 +217,8 @@ AS_PRINTED: dict[str, Any] = {
     "sample_noise": False,
     "common_noise": False,
     "normalise_blocks": False,
+    "lambda_distill": 0.2,
+    "block_weight": 1.0,
     "transport_rows": 0,
     "caption_dropout": 0.0,
     "weight_decay": 0.01,
@@ -250,6 +256,7 @@ IDENTITY = (  # an expert made with other values of these is another expert
     "lr",
     "alpha_ddpm",
     "alpha_distill",
+    "block_weight",
     "normalise_blocks",
     "caption_dropout",
     "seed",

@@ -36,9 +36,9 @@ Departures from the paper, each with a switch; `--as-printed` turns all of them 
 - `--caption-dropout`. Some captions are empty, as guidance will ask the experts about them.
 - `--transport-rows`. The transport balances a batch among as many prompts as the paper's batch has;
   forced on the 64 of the embedded default alone, equal shares contradict the nearest code.
-- `--weight-decay 0`: it would pull logits towards 0.
-- Far fewer and larger steps than the paper's 3000 at 2e-4 (`settings.py`), which move a logit by
-  0.6 at most.
+- `--lr`, `--lr-decay`, `--predictor-rate`, `--weight-decay`: far fewer and larger steps than the
+  paper's 3000 at 2e-4, which move a logit by 0.6 at most; a rate that falls to 0; a lower one for
+  the predictor's weights, of which an embedding sums up hundreds; no decay towards 0.
 - Latents are the autoencoder's means instead of fresh samples from its posterior (no switch).
 """
 
@@ -147,17 +147,10 @@ class PruningStep:
             resource = torch.log(mean_macs / self.target)
             (price,) = torch.autograd.grad(resource, a, retain_graph=True)  # (B, D)
             lambda_res = losses.budget_multiplier(gate_gradient, price, a.detach(), cfg.gumbel_temp)
-        loss = losses.pruning_loss(
-            denoising,
-            distillation,
-            resource,
-            contrastive,
-            experts,
-            cfg.num_experts,
-            cfg.lambda_distill,
-            lambda_res,
-            0.0 if cfg.own_keys and not warmup else cfg.lambda_cont,
-        )
+        lambda_cont = 0.0 if cfg.own_keys and not warmup else cfg.lambda_cont
+        terms = (denoising, distillation, resource, contrastive)
+        lambdas = (cfg.lambda_distill, lambda_res, lambda_cont)
+        loss = losses.pruning_loss(*terms, experts, cfg.num_experts, *lambdas)
         # The U-Net's graph is gone by now. This term is zero, and its gradient with respect to a is
         # `gate_gradient`: through it, backward carries the image losses on into the router.
         loss = loss + (gate_gradient * (a - a.detach())).sum()
@@ -224,8 +217,9 @@ class PruningStep:
             image = losses.denoising_loss(output, inputs.target)  # (b,)
             denoising[now] = image.detach()
             if teacher_output is not None:
+                how = (cfg.normalise_blocks, cfg.block_weight)
                 distance = losses.distillation_loss(
-                    output, teacher_output, blocks, teacher_blocks, cfg.normalise_blocks
+                    output, teacher_output, blocks, teacher_blocks, *how
                 )
                 distillation[now] = distance.detach()
                 image = image + cfg.lambda_distill * distance

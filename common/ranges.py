@@ -44,6 +44,7 @@ RANGES = {
     "lr_decay": SHARE,
     "weight_decay": WEIGHT,
     "lambda_distill": WEIGHT,
+    "block_weight": WEIGHT,
     "lambda_res": WEIGHT,
     "lambda_cont": WEIGHT,
     "gumbel_temp": POSITIVE,
