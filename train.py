@@ -76,8 +76,7 @@ from settings import FREE, Pruning, read_pruning, resolve
 from teacher.blocks import BlockRecorder
 from teacher.model import Noised, Teacher
 
-TERMS = [*("loss", "denoising", "distillation", "resource", "contrastive")]
-TERMS += ["macs_ratio", "lambda_res", "perplexity"]
+TERMS = "loss denoising distillation resource contrastive macs_ratio lambda_res perplexity".split()
 HALF_SCALE = 1024.0  # of a sample's loss in half precision, undone in its gradient
 CHECKPOINT = "checkpoint.safetensors"
 
