@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import make_coco
 
 import finetune
 import sample
@@ -24,8 +25,9 @@ from common.errors import UserError, command_line
 from common.files import load_tensors, read_json, save_tensors, write_json
 from gates import ArchSpace
 from macs import example_inputs, measure_macs, module_macs
+from problem import Problem, prepare
 from prune_unet import load_expert
-from settings import Finetuning, Pruning
+from settings import Finetuning, Pruning, resolve
 from teacher.model import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +65,7 @@ def test_summary_has_what_others_rely_on(run):
     for split in ("train", "validation"):
         assert len(summary[f"usage_{split}"]) == 3
         assert sum(summary[f"usage_{split}"]) == pytest.approx(1, abs=1e-5)
-    assert set(summary["seconds"]) == {"encode", "warmup", "joint"}
+    assert set(summary["seconds"]) == {"encode", "importance", "warmup", "joint"}
     assert [expert["id"] for expert in summary["experts"]] == [0, 1, 2]
 
 
@@ -83,8 +85,60 @@ def test_mean_macs_over_training_prompts_meet_the_budget(run):
 def test_metrics_have_one_row_a_step(run):
     rows = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True)
     assert rows["step"].tolist() == [0, 1, 2, 3, 4]
-    assert np.isfinite(rows["loss"]).all() and (rows["macs_ratio"] <= 1).all()
+    assert all(np.isfinite(rows[name]).all() for name in train.TERMS)
+    assert np.allclose(rows["macs_ratio"], SMALL.budget, rtol=0.01)
     assert not (run / "checkpoint.safetensors").exists()
+
+
+# ---- the budget while training ----
+
+
+@pytest.fixture(scope="module", params=["emoji", "coco"])
+def problem(request, tmp_path_factory):
+    """Some rows of a target, and the pocket teacher."""
+    out = tmp_path_factory.mktemp(request.param)
+    cfg = dataclasses.replace(SMALL, out=out, warmup_steps=1, joint_steps=2, lr_warmup=0)
+    if request.param == "coco":
+        make_coco(out / "coco")
+        here = {"data_dir": out / "coco", "teacher": "pocket", "prompt_encoder": "minilm"}
+        cfg = dataclasses.replace(cfg, target="coco", micro_batch=4, lr=0.05, **here)
+    return prepare(resolve(cfg))
+
+
+def metrics_of(problem: Problem, out: Path, **settings) -> np.ndarray:
+    """The metrics of a training with other settings."""
+    out.mkdir()
+    cfg = dataclasses.replace(problem.cfg, out=out, **settings)
+    train.optimise(dataclasses.replace(problem, cfg=cfg))
+    return np.genfromtxt(out / "metrics.csv", delimiter=",", names=True)
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.64, 0.78, 0.9])
+def test_soft_gates_cost_the_budget_in_every_step(problem, tmp_path, monkeypatch, budget):
+    """In warm-up and joint phase, with steps so large that logits move far between them."""
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
+    rows = metrics_of(problem, tmp_path / "run", budget=budget, lr=0.5)
+    assert len(rows) == 3
+    assert np.allclose(rows["macs_ratio"], budget, rtol=0.01)
+
+
+def test_without_the_hold_they_cost_something_else(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
+    rows = metrics_of(problem, tmp_path / "run", budget=0.5, lr=0.5, hold_budget=False)
+    assert (np.abs(rows["macs_ratio"] / 0.5 - 1) > 0.02).any()
+    assert np.allclose(rows["lambda_res"], 2.0)
+
+
+def test_micro_batches_hold_it_alike(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
+    runs = [
+        metrics_of(problem, tmp_path / str(size), budget=0.5, micro_batch=size) for size in (6, 4)
+    ]
+    for name in train.TERMS:
+        assert np.allclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-6), name
+
+
+# ---- what comes of it ----
 
 
 def test_a_finetuned_expert_is_the_cut_network_trained(run):
@@ -165,7 +219,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(run, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (run / name).read_bytes(), name
     assert (tmp_path / "killed" / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
@@ -194,8 +249,8 @@ def refused(monkeypatch, capsys, tmp_path):
     [
         (["--target", "imagenet"], ["imagenet", "emoji"]),
         (["--teacher", "dalle"], ["dalle", "pocket"]),
-        (["--budget", "0"], ["0", "(0, 1]"]),
-        (["--budget", "1.2"], ["1.2", "(0, 1]"]),
+        (["--budget", "0"], ["0", "more than 0, and at most 1"]),
+        (["--budget", "1.2"], ["1.2", "more than 0, and at most 1"]),
         (["--budget", "nan"], ["nan"]),
         (["--budget", "0.05"], ["0.05", "left"]),
         (["--num-experts", "65"], ["65", "64"]),
@@ -237,8 +292,13 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
         {"depth": "paper"},
     )
     refused(sample, arguments, "1620", "another teacher")
-    write_json(folder / "summary.json", read_json(run / "summary.json") | {"teacher": "dalle"})
+    summary = read_json(run / "summary.json")
+    write_json(folder / "summary.json", summary | {"teacher": "dalle"})
     refused(sample, arguments, "dalle")
+    del summary["teacher"]
+    write_json(folder / "summary.json", summary)
+    refused(sample, arguments, "summary.json", "teacher")
+    refused(finetune, ["--run", str(folder)], "summary.json", "teacher")
 
 
 def test_other_settings_do_not_overwrite_a_run(run):
