@@ -76,7 +76,8 @@ from settings import FREE, Pruning, read_pruning, resolve
 from teacher.blocks import BlockRecorder
 from teacher.model import Noised, Teacher
 
-TERMS = "loss denoising distillation resource contrastive macs_ratio lambda_res perplexity".split()
+TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio"]
+TERMS += ["lambda_res", "perplexity"]
 HALF_SCALE = 1024.0  # of a sample's loss in half precision, undone in its gradient
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -192,8 +193,7 @@ class PruningStep:
         Args:
             a: gates of the whole batch, (B, D), without gradient.
             weights: what each sample counts, (B,).
-            batch: noised latents of `rows`, (b, ...).
-            rows: this process's rows, (b,).
+            batch, rows: noised latents of this process's rows, (b, ...), and those rows, (b,).
 
         Returns:
             (B,), (B,) and (B, D), summed over the micro-batches and processes.
