@@ -40,6 +40,7 @@ from problem import load_split
 from prune_unet import cut_expert, save_expert
 from settings import IDENTITY, Finetuning, resolve_finetuning
 from teacher.blocks import BlockRecorder
+from teacher.conditions import Conditions
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
@@ -93,7 +94,12 @@ def finetuning_step(
         teacher_blocks, blocks = (recorder.take() for recorder in recorders)
         denoising = losses.denoising_loss(output, inputs.target)  # (b,)
         distillation = losses.distillation_loss(
-            output, teacher_output, blocks, teacher_blocks, cfg.normalise_blocks
+            output,
+            teacher_output,
+            blocks,
+            teacher_blocks,
+            cfg.normalise_blocks,
+            cfg.block_weight,
         )
         loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
         share = len(part) / B
@@ -115,14 +121,14 @@ def finetune_expert(
     space: ArchSpace,
     code: Tensor,
     data: Encoded,
-    empty: Tensor,
+    empty: Conditions,
     rows: Tensor,
 ) -> None:
     """Train expert `i` on `rows` of the target, from its last checkpoint, and write it to the run.
 
     Args:
         data: the target's training rows, encoded.
-        empty: text states of the empty caption, (tokens, width).
+        empty: conditions of one image, with the empty caption.
         rows: row numbers, (R,).
     """
     assert cfg.steps and cfg.batch_size and cfg.lr
@@ -143,13 +149,11 @@ def finetune_expert(
     for step in bar:
         draw = step_generator(cfg.seed, f"finetune {i}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
-        latents, text = data.batch(pick)
+        latents, conditions = data.batch(pick)
         dropped = torch.rand(len(pick), generator=draw) < cfg.caption_dropout
-        text = torch.where(dropped[:, None, None], empty, text)
+        batch = add_noise(teacher, latents, conditions.drop(dropped, empty), draw)
         optimizer.zero_grad(set_to_none=True)
-        terms = finetuning_step(
-            teacher, expert, recorders, add_noise(teacher, latents, text, draw), cfg
-        )
+        terms = finetuning_step(teacher, expert, recorders, batch, cfg)
         values = {name: terms[name].item() for name in TERMS}
         advice = f"expert {i}: try a lower --lr, or --precision fp32 or bf16"
         checkpoint.guard(step, values["loss"], expert.parameters(), advice)
@@ -210,7 +214,7 @@ def finetune(cfg: Finetuning) -> None:
     data = load_split(settings, "train", teacher.resolution)
     assignment = torch.tensor(assigned["train"])
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
-    empty = teacher.encode_text([""])[0].cpu()
+    empty = teacher.empty_conditions().to("cpu")
     for i in todo:
         rows = (assignment == i).nonzero().flatten()
         clock = time.time()

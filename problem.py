@@ -88,15 +88,14 @@ class Problem:
                 absent where `rows` are a batch of their own.
             dropout: share of captions replaced by the empty one.
         """
-        latents, text = self.encoded.batch(rows)
+        latents, conditions = self.encoded.batch(rows)
         B = len(rows) if own is None else self.cfg.batch_size
         assert B
         if dropout:
             dropped = torch.rand(B, generator=generator) < dropout
             dropped = dropped if own is None else dropped[own]
-            empty = self.teacher.encode_text([""])[0].cpu()  # (tokens, width)
-            text = torch.where(dropped[:, None, None], empty, text)
-        return add_noise(self.teacher, latents, text, generator, own, B)
+            conditions = conditions.drop(dropped, self.teacher.empty_conditions().to("cpu"))
+        return add_noise(self.teacher, latents, conditions, generator, own, B)
 
 
 def prepare(cfg: Pruning) -> Problem:
@@ -230,8 +229,8 @@ def output_distances(
     try:
         parts = torch.arange(len(rows)).split(64)
         for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
-            *_, latents, text = encoded.batch(part)
-            inputs = add_noise(teacher, latents, text, step_generator(0, "distance", step)).inputs()
+            generator = step_generator(0, "distance", step)
+            inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
             gates.set_gates(None)
             expected = teacher.unet(**inputs).sample
             for name, gated in found.items():

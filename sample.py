@@ -142,13 +142,12 @@ class APTPPipeline:
         Args:
             expert: -1 for the teacher, None for the router's choice.
         """
-        pipe, files = self.teacher.pipe, []
+        files = []
         if expert != -1:
             files = [self.run / "router.safetensors", self.run / "codes.safetensors"]
             files += [expert_path(self.run, i) for i in range(len(self.ratios))]
-        parts = (self.teacher.unet, pipe.vae, pipe.text_encoder)
         return [
-            *(fingerprint(part.state_dict(), {}) for part in parts),
+            *(fingerprint(part.state_dict(), {}) for part in self.teacher.parts.values()),
             *(checksum(path) or "absent" for path in files),
         ]
 

@@ -20,6 +20,7 @@ from router import PromptRouter
 from settings import Pruning
 from sinkhorn import sinkhorn
 from teacher.blocks import BlockRecorder
+from teacher.conditions import Conditions
 from teacher.model import Noised
 from teacher.shapes import PIXELS, load_shape
 from train import PruningStep
@@ -35,16 +36,18 @@ def noised(unet, size, latent_size, tokens, device):
     one = example_inputs(unet, latent_size, tokens, device)
     draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     sample = torch.randn(size, *one["sample"].shape[1:], **draw)
-    text = torch.randn(size, *one["encoder_hidden_states"].shape[1:], **draw)
+    conditions = Conditions(torch.randn(size, *one["encoder_hidden_states"].shape[1:], **draw))
+    if "added_cond_kwargs" in one:  # SDXL's: pooled text, and sizes
+        pooled, sizes = (one["added_cond_kwargs"][key] for key in ("text_embeds", "time_ids"))
+        pooled = torch.randn(size, *pooled.shape[1:], **draw)
+        conditions = Conditions(conditions.text, pooled, sizes.expand(size, -1))
     t = torch.randint(1000, (size,), **draw)
-    return Noised(sample, t, text, torch.randn(sample.shape, **draw))
+    return Noised(sample, t, conditions, torch.randn(sample.shape, **draw))
 
 
 @pytest.fixture(scope="module")
 def batch(unet, request, device):
     """At the paper's training resolution, unless the user chooses."""
-    if unet.config.addition_embed_type:
-        pytest.skip("a pruning step is conditioned on text states alone")
     pixels = request.config.getoption("--bench-pixels") or 256
     return noised(unet, BATCH, pixels // PIXELS, TEXT_TOKENS, device)
 
@@ -77,7 +80,7 @@ def test_forward_with_open_gates(compare, unet, stock, batch, request):
 
 def stepper(unet, num_experts, batch):
     """stepper(...)(): one pruning step on `batch`, forward and backward. And its gates."""
-    latent_size, tokens = batch.sample.shape[-1], batch.text.shape[1]
+    latent_size, tokens = batch.sample.shape[-1], batch.conditions.text.shape[1]
     gates = attach_gates(unet)
     macs = measure_macs(unet, gates.space, latent_size=latent_size, text_tokens=tokens)
     router = PromptRouter(PROMPT_DIM, gates.space.size, num_experts).to(batch.sample.device)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from common.cache import cache_folder, rows_key
@@ -52,6 +52,15 @@ def workers() -> int:
 # ---- one image ----
 
 
+class Frame(NamedTuple):
+    """How a square was cut out of a photograph, in the numbers that SDXL is trained with."""
+
+    height: int  # of the photograph, turned upright
+    width: int
+    top: int  # of the square, once the photograph is resized to the square's size
+    left: int
+
+
 @dataclass(frozen=True)
 class Photographs:
     """The image files of a split, by number."""
@@ -62,9 +71,17 @@ class Photographs:
 
     def pixels(self, image_id: int, resolution: int) -> np.ndarray:
         """An image, (resolution, resolution, 3) uint8. Raises `Unreadable`."""
+        return self.read(image_id, decode, resolution)
+
+    def frame(self, image_id: int, resolution: int) -> Frame:
+        """How that image is cut out of its file. Raises `Unreadable`."""
+        return self.read(image_id, find_frame, resolution)
+
+    def read(self, image_id: int, reader: Callable[[BinaryIO, int], Any], resolution: int) -> Any:
+        """What `reader` gives of an image's file. Raises `Unreadable`."""
         try:
             with self.open(image_id) as file:
-                return decode(file, resolution)
+                return reader(file, resolution)
         except Exception as error:  # a decoder may raise anything
             if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOTHING_LEFT:
                 raise
@@ -84,6 +101,17 @@ def decode(file: BinaryIO, resolution: int) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
         size = (resolution, resolution)
         return np.asarray(ImageOps.fit(on_white(image), size, Image.Resampling.BICUBIC))
+
+
+def find_frame(file: BinaryIO, resolution: int) -> Frame:
+    """Where `decode` cuts the square out of an image file; reads the file's header alone."""
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # it lies on its side
+            width, height = height, width
+    scale = resolution / min(width, height)
+    top, left = (round((scale * side - resolution) / 2) for side in (height, width))
+    return Frame(height, width, top, left)
 
 
 def on_white(image: Image.Image) -> Image.Image:

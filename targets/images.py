@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from targets.decoding import Photographs, Unreadable, find_unreadable, workers
+from targets.decoding import Frame, Photographs, Unreadable, find_unreadable, workers
 from targets.emoji import EMOJI_SIZE, TARGET_PHRASINGS, captions_of, emoji_rows
 from targets.layouts import CaptionedFiles, read_cc3m, read_coco, read_folder
+
+T = TypeVar("T")
 
 TARGETS = ("emoji", "coco", "cc3m")
 
@@ -49,6 +52,7 @@ class CaptionedImages:
     notes: Counter[str] = field(default_factory=Counter)  # why rows are left out -> how many
     skipped: dict[int, str] = field(default_factory=dict)  # unreadable image_ids -> why
     known: Callable[[int], list[str]] | None = None  # image_id -> its captions, if not only rows'
+    frame: Callable[[int], Frame] | None = None  # row -> how it was cut out; may raise Unreadable
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -77,6 +81,17 @@ class CaptionedImages:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def frames(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """How these images were cut out of their originals, (B, 4): the numbers of a `Frame`.
+
+        Raises:
+            UserError: one of them cannot be read any more.
+        """
+        assert self.frame is not None
+        with ThreadPoolExecutor(workers()) as pool:
+            frames = [pool.submit(self.frame, int(row)) for row in rows]
+        return torch.tensor([result_of(frame) for frame in frames])
+
     def wordings(self, limit: int) -> tuple[list[str], Tensor]:
         """All captions of up to `limit` images of the split, and each one's image, (P,)."""
         image_ids = np.unique(self.image_ids)
@@ -99,6 +114,7 @@ class CaptionedImages:
 
     def take(self, rows: Sequence[int]) -> CaptionedImages:
         """A part of it, these rows in this order."""
+        frame = self.frame
         return replace(
             self,
             captions=[self.captions[row] for row in rows],
@@ -106,18 +122,24 @@ class CaptionedImages:
             styles=[self.styles[row] for row in rows],
             image_ids=self.image_ids[rows],
             read=lambda row: self.read(rows[row]),
+            frame=None if frame is None else lambda row: frame(rows[row]),
         )
 
 
-def stack(images: Sequence[Future[np.ndarray]]) -> Tensor:
-    """Pixels as one tensor; see `CaptionedImages.images`."""
+def result_of(future: Future[T]) -> T:
+    """What a thread read. Raises `UserError`; see `CaptionedImages.images`."""
     try:
-        pixels = np.stack([image.result() for image in images])
+        return future.result()
     except Unreadable as error:
         raise UserError(
             f"{error}; it could be read when the images were checked: mend it, or check them again "
             f"with `python -m targets` and --verify"
         ) from None
+
+
+def stack(images: Sequence[Future[np.ndarray]]) -> Tensor:
+    """Pixels as one tensor; see `CaptionedImages.images`."""
+    pixels = np.stack([result_of(image) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -134,6 +156,7 @@ def load_emoji(split: str, seed: int, resolution: int) -> CaptionedImages:
         np.arange(len(drawings)),
         read,
         known=lambda number: captions_of(drawings[number], TARGET_PHRASINGS),
+        frame=lambda row: Frame(resolution, resolution, 0, 0),  # rendered at this size
     )
 
 
@@ -150,6 +173,7 @@ def load_photographs(name: str, files: CaptionedFiles, resolution: int) -> Capti
         lambda row: files.photographs.pixels(int(files.image_ids[row]), resolution),
         files.photographs,
         files.notes,
+        frame=lambda row: files.photographs.frame(int(files.image_ids[row]), resolution),
     )
 
 

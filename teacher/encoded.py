@@ -1,4 +1,4 @@
-"""A target as the U-Net reads it: latents and text states of rows.
+"""A target as the U-Net reads it: latents and conditions of rows.
 
 A small target is encoded up front and kept in memory. The rows of a large one are encoded when a
 step asks for them; optionally, their latents are computed once and kept on disk.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,34 +19,39 @@ from tqdm import tqdm
 from common.cache import kept_rows, rows_key
 from common.files import fingerprint
 from targets.images import CaptionedImages, spread
+from teacher.conditions import Conditions, join
 from teacher.model import Teacher
+from teacher.shapes import text_widths
 
-IN_MEMORY = 2**30  # bytes of latents, and of text states, that are encoded up front
+T = TypeVar("T")
+
+IN_MEMORY = 2**30  # bytes of latents, and of conditions, that are encoded up front
 
 PART = 4096  # latents a file of the cache: 67 MB at 256 px
 
 
 @dataclass(frozen=True)
-class OnDemand:
+class OnDemand(Generic[T]):
     """Rows that are computed when they are asked for, by `rows[numbers]`, as from a tensor."""
 
-    make: Callable[[Sequence[Tensor]], Iterable[Tensor]]  # batches of numbers (b,) -> (b, ...)
+    make: Callable[[Sequence[Tensor]], Iterable[T]]  # batches of numbers (b,) -> (b, ...)
     batch: int
+    join: Callable[[list[T]], T]
 
-    def __getitem__(self, numbers: Tensor) -> Tensor:
-        return torch.cat(list(self.make(numbers.split(self.batch))))
+    def __getitem__(self, numbers: Tensor) -> T:
+        return self.join(list(self.make(numbers.split(self.batch))))
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A target's rows, on the CPU."""
 
-    latents: Tensor | OnDemand  # [rows] -> (B, C, h, w), float32
-    text: Tensor | OnDemand  # [rows] -> (B, tokens, width), text states in the teacher's precision
+    latents: Tensor | OnDemand[Tensor]  # [rows] -> (B, C, h, w), float32
+    conditions: Conditions | OnDemand[Conditions]  # [rows], in the teacher's precision
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B,) -> their latents and their text states."""
-        return self.latents[rows], self.text[rows]
+    def batch(self, rows: Tensor) -> tuple[Tensor, Conditions]:
+        """Rows (B,) -> their latents and their conditions."""
+        return self.latents[rows], self.conditions[rows]
 
 
 def encode_target(
@@ -56,42 +62,45 @@ def encode_target(
     batch: int | None = None,
     in_memory: int = IN_MEMORY,
 ) -> Encoded:
-    """A target's latents and text states: up front where they fit in memory, else on demand.
+    """A target's latents and conditions: up front where they fit in memory, else on demand.
 
     Args:
         cache_latents: compute each image's latents once and keep them on disk
             (`common/cache.py`), for other runs on the same captions and images too.
         batch: rows that are encoded at once; about a million pixels if absent.
-        in_memory: bytes up to which latents, and text states, are encoded up front.
+        in_memory: bytes up to which latents, and conditions, are encoded up front.
     """
-    config, tokenizer = teacher.unet.config, teacher.pipe.tokenizer
+    config, (states, pooled) = teacher.unet.config, text_widths(teacher.unet.config)
     of_latents = 4 * config.in_channels * teacher.latent_size**2  # bytes a row
-    of_text = teacher.dtype.itemsize * tokenizer.model_max_length * config.cross_attention_dim
+    of_conditions = teacher.dtype.itemsize * (teacher.text_tokens * states + pooled)
     batch = batch or max(1, min(64, 2**20 // teacher.resolution**2))
 
-    def text_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    def conditions_of(batches: Sequence[Tensor]) -> Iterator[Conditions]:
         for rows in batches:
-            yield teacher.encode_text([data.captions[row] for row in rows.tolist()]).cpu()
+            frames = data.frames(rows) if teacher.reads_sizes else None
+            captions = [data.captions[row] for row in rows.tolist()]
+            yield teacher.conditions(captions, frames).to("cpu")
 
+    conditions = OnDemand(conditions_of, batch, join)
     if not cache_latents and len(data) * of_latents > in_memory:
 
         def latents_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
             for images in data.batches(batches):
                 yield teacher.encode_images(images).cpu()
 
-        return Encoded(OnDemand(latents_of, batch), OnDemand(text_of, batch))
+        return Encoded(OnDemand(latents_of, batch, torch.cat), conditions)
 
     latents = image_latents(teacher, data, cache_latents, batch)
-    if len(data) * of_text > in_memory:
-        return Encoded(latents, OnDemand(text_of, batch))
+    if len(data) * of_conditions > in_memory:
+        return Encoded(latents, conditions)
     batches = torch.arange(len(data)).split(batch)
-    bar = tqdm(text_of(batches), total=len(batches), desc="encoding captions", unit="batch")
-    return Encoded(latents, torch.cat(list(bar)))
+    bar = tqdm(conditions_of(batches), total=len(batches), desc="encoding captions", unit="batch")
+    return Encoded(latents, join(bar))
 
 
 def image_latents(
     teacher: Teacher, data: CaptionedImages, cache_latents: bool, batch: int
-) -> Tensor | OnDemand:
+) -> Tensor | OnDemand[Tensor]:
     """All latents of a target, each image encoded once."""
     _, firsts, numbers = np.unique(data.image_ids, return_index=True, return_inverse=True)
     shown, image_of = data.take(firsts.tolist()), torch.from_numpy(numbers)  # (images), (rows,)
@@ -113,7 +122,7 @@ def image_latents(
             places = image_of[rows].tolist()
             yield torch.stack([parts[place // PART][place % PART] for place in places])
 
-    return OnDemand(rows_of, PART)
+    return OnDemand(rows_of, PART, torch.cat)
 
 
 def latents_key(teacher: Teacher, data: CaptionedImages) -> str:

@@ -1,10 +1,11 @@
 """The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
 
 A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
-asks it for four things: text states, latents, images, and its U-Net.
+asks it for four things: conditions (`conditions.py`), latents, images, and its U-Net.
 
 The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
-work in fp16, and latents that overflow are refused. Latents and targets stay fp32.
+work in fp16, and latents that overflow are refused. SDXL's overflows, and stays fp32 where it says
+so. Latents and targets stay fp32.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.hub import lasting_name
-from teacher.pipelines import GUIDANCE, RANDOM, load_folder, load_pocket, random_pipeline
-from teacher.shapes import ASSETS
+from teacher.conditions import TIME_IDS, Conditions
+from teacher.folders import TEXT_ENCODERS, stays_float32
+from teacher.pipelines import (
+    GUIDANCE,
+    RANDOM,
+    Pipeline,
+    load_folder,
+    load_pocket,
+    random_pipeline,
+)
+from teacher.shapes import ASSETS, text_widths
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,7 +47,7 @@ class Teacher:
     """
 
     name: str
-    pipe: StableDiffusionPipeline
+    pipe: Pipeline
     guidance_scale: float
     pixels: int | None = None
     own_pixels: int | None = None
@@ -45,6 +55,16 @@ class Teacher:
     @property
     def unet(self) -> UNet2DConditionModel:
         return self.pipe.unet
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """All that has weights."""
+        return parts_of(self.pipe)
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether its U-Net is told pooled text and sizes too, as SDXL's."""
+        return text_widths(self.unet.config)[1] > 0
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +92,36 @@ class Teacher:
         return DDPMScheduler.from_config(self.pipe.scheduler.config)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text states for cross-attention, (B, text_tokens, C): the path that sampling uses."""
-        return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0]
+    def conditions(self, prompts: Sequence[str], frames: Tensor | None = None) -> Conditions:
+        """What images are conditioned on, by the path that sampling uses.
+
+        Args:
+            prompts: B prompts.
+            frames: how each training image was cut out of its original, (B, 4), as of
+                `CaptionedImages.frames`; whole images of the teacher's size, which is what
+                sampling asks for, if absent. A U-Net that reads text states alone needs none.
+        """
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        found = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, **options)
+        if not self.reads_sizes:
+            return Conditions(found[0])
+        time_ids = torch.full((len(prompts), TIME_IDS), float(self.resolution), device=self.device)
+        time_ids[:, 2:4] = 0
+        if frames is not None:
+            time_ids[:, :4] = frames.to(time_ids)
+        return Conditions(found[0], found[2], time_ids)
+
+    def empty_conditions(self) -> Conditions:
+        """Those of the empty caption, as guidance asks for it, of one image.
+
+        They are zero in SDXL, where its pipeline says so.
+        """
+        empty = self.conditions([""])
+        if self.reads_sizes and self.pipe.config.force_zeros_for_empty_prompt:
+            assert empty.pooled is not None
+            zeros = torch.zeros_like(empty.text), torch.zeros_like(empty.pooled)
+            return Conditions(*zeros, empty.time_ids)
+        return empty
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -122,16 +169,25 @@ class Teacher:
         own, pixels = self.pipe.unet, self.resolution
         self.pipe.unet = own if unet is None else unet
         try:
-            return self.pipe(
+            latents = self.pipe(
                 list(prompts),
                 height=pixels,
                 width=pixels,
                 num_inference_steps=steps,
                 guidance_scale=self.guidance_scale if guidance is None else guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
             ).images
         finally:
             self.pipe.unet = own
+        # not by the pipeline, which expects an autoencoder in the U-Net's precision
+        return self.pipe.image_processor.postprocess(self.decode_latents(latents), "pil")
+
+
+def parts_of(pipe: Pipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that have weights, by name."""
+    names = ("unet", "vae", *TEXT_ENCODERS)
+    return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
 
 
 def load_teacher(
@@ -158,27 +214,29 @@ def load_teacher(
         raise UserError(
             f"--precision {precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
         )
-    settings: dict[str, Any] = {"guidance_scale": GUIDANCE}
-    shape = name.removesuffix(RANDOM)
+    settings: dict[str, Any] = {}
+    shape, dtype = name.removesuffix(RANDOM), PRECISIONS[precision]
+    pipe: Pipeline
     if name == "pocket":
         pipe, settings = load_pocket(pocket)
     elif shape != name and (ASSETS / "unets" / f"{shape}.json").is_file():
-        pipe = random_pipeline(shape)
+        pipe = random_pipeline(shape, dtype)
     else:
-        pipe, settings = load_folder(name)
+        pipe, settings = load_folder(name, dtype)
         name = lasting_name(name)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval()
-        if precision != "fp32":
-            part.to(PRECISIONS[precision])
-        part.to(device)
+    kind = type(pipe).__name__
+    for key, part in parts_of(pipe).items():
+        full = key == "vae" and stays_float32(kind, part.config)
+        # diffusers' own `to` warns, whether there is a reason or not
+        nn.Module.to(part, device, torch.float32 if full else dtype).requires_grad_(False).eval()
     usual, size = settings.get("resolution"), pipe.unet.config.sample_size
     pixels = choose_pixels(pipe, usual, resolution)
     own = usual or (size * pipe.vae_scale_factor if isinstance(size, int) else None)
-    return Teacher(name, pipe, float(settings["guidance_scale"]), pixels, own)
+    guidance = float(settings.get("guidance_scale", GUIDANCE[kind]))
+    return Teacher(name, pipe, guidance, pixels, own)
 
 
-def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int | None) -> int:
+def choose_pixels(pipe: Pipeline, usual: int | None, wanted: int | None) -> int:
     """Pixels a side: `wanted`, or `usual`, or the U-Net's own. Raises `UserError`."""
     factor, size = pipe.vae_scale_factor, pipe.unet.config.sample_size
     own = size * factor if isinstance(size, int) else None
@@ -194,24 +252,25 @@ def choose_pixels(pipe: StableDiffusionPipeline, usual: int | None, wanted: int 
 class Noised:
     """One batch at random timesteps: the inputs of teacher and student, and their target."""
 
-    sample: Tensor  # x_t, (B, C, h, w), in the teacher's precision, as text
+    sample: Tensor  # x_t, (B, C, h, w), in the teacher's precision, as conditions
     t: Tensor  # (B,)
-    text: Tensor  # (B, tokens, width)
+    conditions: Conditions  # of B images
     target: Tensor  # what the teacher was trained to predict, (B, C, h, w), float32
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the U-Net."""
-        return {"sample": self.sample, "timestep": self.t, "encoder_hidden_states": self.text}
+        inputs = {"sample": self.sample, "timestep": self.t}
+        return inputs | self.conditions.unet_inputs()
 
     def part(self, rows: Tensor) -> Noised:
         """Some of its samples, (b',)."""
-        return Noised(self.sample[rows], self.t[rows], self.text[rows], self.target[rows])
+        return Noised(self.sample[rows], self.t[rows], self.conditions[rows], self.target[rows])
 
 
 def add_noise(
     teacher: Teacher,
     x0: Tensor,
-    text: Tensor,
+    conditions: Conditions,
     generator: torch.Generator,
     rows: Tensor | None = None,
     batch_size: int | None = None,
@@ -236,4 +295,6 @@ def add_noise(
     }
     target = targets[schedule.config.prediction_type]()
     sample = schedule.add_noise(x0, noise, t)
-    return Noised(sample.to(device, dtype), t.to(device), text.to(device, dtype), target.to(device))
+    return Noised(
+        sample.to(device, dtype), t.to(device), conditions.to(device, dtype), target.to(device)
+    )

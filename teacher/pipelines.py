@@ -3,17 +3,15 @@
 | `--teacher` | what it is |
 |---|---|
 | `pocket` | the embedded default: weights in `assets/pocket/`, text states from MiniLM |
-| a folder | in the layout that `StableDiffusionPipeline.save_pretrained` writes |
+| a folder | in the layout that a pipeline's `save_pretrained` writes (`folders.py`) |
 | `owner/name` | such a folder on the hub |
 | `sd21-random` | Stable Diffusion 2.1's U-Net with random weights; so for all of `assets/unets/` |
 
-Folders may hold Stable Diffusion 1.x and 2.x (a UNet2DConditionModel that is conditioned on text
-states alone) with a CLIP or BERT text encoder, as safetensors. Each part is loaded by the class
-named here, so no code of a folder is ever run. The safety checker is left out, because images are
-generated for measuring. Sampling uses PNDM, as in App. E.2, with the folder's noise schedule.
+The safety checker and the watermark are left out, because images are generated for measuring.
+Sampling uses PNDM, as in App. E.2, with the folder's noise schedule.
 
-A random teacher is a shape, for measuring time and memory; its images are noise. Its text encoder
-has the right width and length, its autoencoder the right channels; both are tiny.
+A random teacher is a shape, for measuring time and memory; its images are noise. Its text encoders
+have the right width and length, its autoencoder the right channels; all are small.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from diffusers import (
@@ -30,28 +27,30 @@ from diffusers import (
     ModelMixin,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from torch import Tensor
 
-from common.errors import UserError
-from common.files import read_json
-from common.hub import STABLE_DIFFUSION, minilm_folder, model_folder, refuse_pickles
-from teacher.shapes import CLIP_TOKENS, CONDITIONS, POCKET_TOKENS, load_shape
+from common.hub import minilm_folder
+from teacher.folders import (
+    OPTION,
+    SD,
+    SDXL,
+    check_conditions,
+    load_part,
+    load_scheduler,
+    read_object,
+    read_pipeline,
+)
+from teacher.parts import BertModel
+from teacher.shapes import CLIP_TOKENS, POCKET_TOKENS, load_shape, text_widths
 
-GUIDANCE = 7.5  # App. E.2
-OPTION, RANDOM = "--teacher", "-random"
-TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random")  # need no files
+RANDOM = "-random"
+TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random", "sdxl-random")  # no files
 
-CLASSES = {  # of the parts, as model_index.json names them
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderDC"),
-    "text_encoder": ("CLIPTextModel", "BertModel"),
-}
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
-WEIGHTS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
+GUIDANCE = {SD: 7.5, SDXL: 5.0}  # App. E.2; diffusers' own for SDXL
 
 SCHEDULE = {  # of all Stable Diffusions
     "beta_start": 0.00085,
@@ -62,72 +61,16 @@ SCHEDULE = {  # of all Stable Diffusions
     "steps_offset": 1,
 }
 
-SUPPORTED = "Stable Diffusion 1.x and 2.x are supported"
 
-
-class AutoencoderDC(diffusers.AutoencoderDC):
-    """diffusers' deep-compression autoencoder as `StableDiffusionPipeline` calls an autoencoder.
-
-    Shortcuts carry pixels past every change of resolution, so it learns faster than
-    `AutoencoderKL` (the pocket teacher's model card has the numbers).
-    """
-
-    @property
-    def config(self) -> FrozenDict:
-        """With the entry that the pipeline counts levels by; it is not saved."""
-        config = super().config
-        return FrozenDict({**config, "block_out_channels": config["decoder_block_out_channels"]})
-
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Images (B, 3, H, W) in [-1, 1] to `latents` (B, C, h, w)."""
-        latents = super().encode(x, return_dict=False)[0]
-        return AutoencoderTinyOutput(latents) if return_dict else (latents,)
-
-    def decode(self, z: Tensor, generator: Any = None, return_dict: bool = True) -> Any:
-        """Latents (B, C, h, w) to a `sample` of images (B, 3, H, W); nothing in it is random."""
-        return super().decode(z, return_dict=return_dict)
-
-
-class BertModel(transformers.BertModel):
-    """transformers' BERT; if its configuration says `sentence_state`, the first state is the mean.
-
-    Sentence encoders such as all-MiniLM are trained on the mean of their token states. Their [CLS]
-    state is left over from pre-training.
-    """
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Tokens (B, n) to `last_hidden_state` (B, n, C); the mask is 0 for padding."""
-        output = super().forward(input_ids, attention_mask, **kwargs)
-        if getattr(self.config, "sentence_state", False):
-            states = output.last_hidden_state
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            weight = mask[..., None].to(states)  # (B, n, 1)
-            mean = (states * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-            output.last_hidden_state = torch.cat([mean, states[:, 1:]], 1)
-        return output
-
-
-def assemble(
-    vae: ModelMixin,
-    text_encoder: Any,
-    tokenizer: Any,
-    unet: UNet2DConditionModel,
-    scheduler: PNDMScheduler,
-) -> StableDiffusionPipeline:
+def assemble(kind: str, **parts: Any) -> Pipeline:
+    """A pipeline of the class `kind`, of `SD` or `SDXL`."""
     # the pipeline would warn that MiniLM is not CLIP, and list the tokens that it cut off
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    if kind == SDXL:
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        without = {"safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, **without, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -147,7 +90,14 @@ def pocket_pipeline(
     # the pipeline then tells the encoder which tokens are padding
     text_encoder.config.use_attention_mask = True
     text_encoder.config.sentence_state = True
-    return assemble(vae, text_encoder, minilm_tokenizer(POCKET_TOKENS), unet, scheduler)
+    return assemble(
+        SD,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=minilm_tokenizer(POCKET_TOKENS),
+        unet=unet,
+        scheduler=scheduler,
+    )
 
 
 def load_pocket(folder: Path) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
@@ -160,18 +110,67 @@ def load_pocket(folder: Path) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     return pocket_pipeline(vae, unet, load_scheduler(folder)), settings
 
 
-def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
+def random_unet(config: Any, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net with PyTorch's own random weights, made a layer at a time.
+
+    In half precision it never takes the memory of the whole in float32.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    for module in unet.modules():
+        if hasattr(module, "reset_parameters"):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()
+            module.to(dtype)
+    return unet
+
+
+def random_text_encoders(widths: tuple[int, int], tokenizer: Any) -> list[Any]:
+    """Small text encoders: BERT for text states alone, two CLIPs where there is pooled text.
+
+    Args:
+        widths: of text states and pooled text (0: none).
+        tokenizer: MiniLM's.
+    """
+    states, pooled = widths
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_TOKENS}
+
+    def sizes(width: int, layers: int) -> dict[str, Any]:
+        heads = {"num_hidden_layers": layers, "num_attention_heads": max(1, width // 64)}
+        return common | heads | {"hidden_size": width, "intermediate_size": width}
+
+    if not pooled:
+        return [BertModel(transformers.BertConfig(**sizes(states, 1)))]
+    first = 3 * states // 8  # SDXL's 768 of 2048
+    ends = {
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": pooled,
+    }
+    config = transformers.CLIPTextConfig
+    return [
+        transformers.CLIPTextModel(config(**sizes(first, 2), **ends)),
+        transformers.CLIPTextModelWithProjection(config(**sizes(states - first, 2), **ends)),
+    ]
+
+
+def random_pipeline(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pipeline:
     """A pipeline around the U-Net of `assets/unets/<shape>.json`, all weights random.
 
+    Args:
+        dtype: of the U-Net's weights; the other parts are small, and float32.
+
     Raises:
-        UserError: there is no such U-Net, or it is conditioned on more than text.
+        UserError: there is no such U-Net, or it is conditioned on what no pipeline here has.
     """
-    config = load_shape(shape).config
-    refuse_conditions(config, f"{OPTION} {shape}{RANDOM}")
-    width, levels = config.cross_attention_dim, 4
+    config, levels = load_shape(shape).config, 4
+    widths = text_widths(config)
+    kind = SDXL if widths[1] else SD
+    check_conditions(kind, config, f"{OPTION} {shape}{RANDOM}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(config)
+        unet = random_unet(config, dtype)
         vae = AutoencoderKL(
             block_out_channels=(16, 16, 32, 32),
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -180,170 +179,22 @@ def random_pipeline(shape: str, seed: int = 0) -> StableDiffusionPipeline:
             norm_num_groups=8,
         )
         tokenizer = minilm_tokenizer(CLIP_TOKENS)
-        text_encoder = BertModel(
-            transformers.BertConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                num_hidden_layers=1,
-                num_attention_heads=max(1, width // 64),
-                intermediate_size=width,
-                max_position_embeddings=CLIP_TOKENS,
-            )
-        )
+        text_encoders = random_text_encoders(widths, tokenizer)
     prediction = "v_prediction" if shape == "sd21" else "epsilon"
+    parts = {"text_encoder": text_encoders[0], "tokenizer": tokenizer, "unet": unet, "vae": vae}
+    if kind == SDXL:
+        parts |= {"text_encoder_2": text_encoders[1], "tokenizer_2": tokenizer}
     scheduler = PNDMScheduler(**SCHEDULE, prediction_type=prediction)
-    return assemble(vae, text_encoder, tokenizer, unet, scheduler)
+    return assemble(kind, scheduler=scheduler, **parts)
 
 
 # ---- folders ----
 
 
-def load_folder(name: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+def load_folder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline by folder or hub id, and what `teacher.json` beside it says, if there is one.
 
-    Raises:
-        UserError: it is not there, incomplete, damaged, pickled, or of an unsupported kind.
+    Raises `UserError`; see `folders.read_pipeline`.
     """
-    otherwise = f"take one of: {', '.join(TEACHERS)}"
-    folder = model_folder(name, OPTION, ["*.json", "tokenizer/*"], otherwise)
-    kinds, scheduler = check_layout(folder), load_scheduler(folder)
-    files = [
-        f"{part}/{stem}{end}"
-        for part, stem in WEIGHTS.items()
-        for end in (".safetensors", "-0*.safetensors")
-    ]
-    folder = model_folder(name, OPTION, ["*.json", "tokenizer/*", *files], otherwise)
-    parts = {part: load_part(folder, part, kind) for part, kind in kinds.items()}
-    unet, vae, text_encoder = (parts[part] for part in CLASSES)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder / "tokenizer", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / "tokenizer", error) from None
-    longest = text_encoder.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-    for what, wanted, given in (
-        ("text states", unet.config.cross_attention_dim, text_encoder.config.hidden_size),
-        ("latents", unet.config.in_channels, vae.config.latent_channels),
-        ("outputs", unet.config.out_channels, vae.config.latent_channels),
-    ):
-        if wanted != given:
-            raise UserError(
-                f"{OPTION} {folder}: its parts do not fit together: the U-Net's {what} have width "
-                f"{wanted}, the other parts' {given}; {SUPPORTED}"
-            )
-    settings = {"guidance_scale": GUIDANCE, "resolution": None}
-    beside = folder / "teacher.json"
-    settings |= read_object(beside) if beside.exists() else {}
-    guidance, pixels = settings["guidance_scale"], settings["resolution"]
-    if not isinstance(guidance, int | float) or not isinstance(pixels, int | None):
-        raise damaged(beside, "guidance_scale must be a number, resolution a number of pixels")
-    return assemble(vae, text_encoder, tokenizer, unet, scheduler), settings
-
-
-def check_layout(folder: Path) -> dict[str, str]:
-    """The classes of the parts that have weights.
-
-    Raises:
-        UserError: the folder is not a whole pipeline of a supported kind.
-    """
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise UserError(
-            f"{OPTION} {folder} is no pipeline: it holds no model_index.json; give a folder that "
-            f"`hf download {STABLE_DIFFUSION} --local-dir D` or pipe.save_pretrained(D) made"
-        )
-    index = read_object(path)
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UserError(f"{OPTION} {folder} holds a {index.get('_class_name')}; {SUPPORTED}")
-    kinds = {}
-    for part, classes in CLASSES.items():
-        entry = index.get(part)
-        kinds[part] = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "(nothing)"
-        if kinds[part] not in classes:
-            raise UserError(
-                f"{OPTION} {folder}: its {part} is a {kinds[part]}, not a "
-                f"{' or '.join(classes)}; {SUPPORTED}"
-            )
-    files = [f"{part}/config.json" for part in CLASSES]
-    for file in (*files, "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
-        if not (folder / file).is_file():
-            raise incomplete(folder, file)
-    refuse_conditions(read_object(folder / "unet" / "config.json"), f"{OPTION} {folder}")
-    return kinds
-
-
-def refuse_conditions(config: Any, who: str) -> None:
-    """Raises `UserError` for a U-Net that asks for more than text states, such as SDXL's."""
-    asked = [f"{key} {config[key]}" for key in CONDITIONS if config.get(key)]
-    if asked:
-        raise UserError(
-            f"{who}: its U-Net is conditioned on more than text states ({', '.join(asked)}), as "
-            f"SDXL's is; {SUPPORTED}"
-        )
-
-
-def load_part(folder: Path, part: str, kind: str) -> Any:
-    """The U-Net, autoencoder or text encoder below `folder`, with all of its weights.
-
-    Weights are taken from the full-precision file, or from the fp16 variant where it is alone.
-    """
-    stem = WEIGHTS[part]
-    variants = {
-        f"{stem}.safetensors": None,
-        f"{stem}.safetensors.index.json": None,
-        f"{stem}.fp16.safetensors": "fp16",
-    }
-    there = [file for file in variants if (folder / part / file).is_file()]
-    if not there:
-        refuse_pickles(folder / part, OPTION)
-        raise incomplete(folder, f"{part}/{stem}.safetensors")
-    library = transformers if part == "text_encoder" else diffusers
-    own: dict[str, Any] = {"AutoencoderDC": AutoencoderDC, "BertModel": BertModel}
-    try:
-        model, info = (own.get(kind) or getattr(library, kind)).from_pretrained(
-            folder / part,
-            variant=variants[there[0]],
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / part, error) from None
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise damaged(folder / part, f"it lacks {len(lacking)} weights, such as {lacking[0]}")
-    return model.float()
-
-
-def load_scheduler(folder: Path) -> PNDMScheduler:
-    """PNDM with the folder's noise schedule. Raises `UserError` where PNDM cannot follow it."""
-    config = read_object(folder / "scheduler" / "scheduler_config.json")
-    prediction = config.get("prediction_type", "epsilon")
-    known = "beta_schedule" in config and prediction in ("epsilon", "v_prediction")
-    if not known or config.get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"{OPTION} {folder}: its scheduler ({config.get('_class_name')}, {prediction}) is none "
-            f"that PNDM can follow; {SUPPORTED}"
-        )
-    return PNDMScheduler.from_config(config, skip_prk_steps=True)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise damaged(path, "it is no JSON object")
-    return value
-
-
-def incomplete(folder: Path, file: str) -> UserError:
-    return UserError(
-        f"{OPTION} {folder} is incomplete: {file} is missing; fetch it again, for instance with "
-        f"`hf download {STABLE_DIFFUSION} --local-dir D`"
-    )
-
-
-def damaged(place: Path, why: Any) -> UserError:
-    reason = " ".join(str(why).split())[:160]
-    return UserError(f"{OPTION}: {place} could not be loaded ({reason}); fetch it again")
+    kind, parts, settings = read_pipeline(name, dtype, f"take one of: {', '.join(TEACHERS)}")
+    return assemble(kind, **parts), settings

@@ -7,6 +7,7 @@ them: sd15, sd21-base (512 px), sd21 (768 px), sdxl.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -27,7 +28,19 @@ CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside te
     "class_embed_type": (),
     "encoder_hid_dim_type": (),
     "num_class_embeds": (),
+    "time_cond_proj_dim": (),
 }
+
+
+def text_widths(config: Any) -> tuple[int, int]:
+    """Widths of a U-Net's text states and of its pooled text, 0 where it reads text states alone.
+
+    SDXL's pooled text is embedded together with six sizes.
+    """
+    pooled = 0
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return config.cross_attention_dim, pooled
 
 
 def load_shape(name: str) -> UNet2DConditionModel:

@@ -14,6 +14,7 @@ from gates import ArchSpace
 from macs import measure_macs
 from problem import Problem
 from settings import Pruning
+from teacher.conditions import Conditions
 from teacher.encoded import Encoded
 from teacher.model import Teacher
 
@@ -77,14 +78,6 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
 
 
 @pytest.fixture(scope="session")
-def tiny(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The layouts that are conditioned on text states alone."""
-    if unet.config.addition_embed_type:
-        pytest.skip("the teacher's batches hold text states alone")
-    return unet
-
-
-@pytest.fixture(scope="session")
 def smallest() -> UNet2DConditionModel:
     """The smallest of them."""
     return tiny_unet("sd1")
@@ -111,15 +104,29 @@ def make_inputs() -> Callable[..., dict[str, Any]]:
     return make
 
 
+def conditions_of(inputs: dict[str, Any]) -> Conditions:
+    """The conditions among a U-Net's inputs."""
+    added = inputs.get("added_cond_kwargs", {})
+    parts = added.get("text_embeds"), added.get("time_ids")
+    return Conditions(inputs["encoder_hidden_states"], *parts)
+
+
 def tiny_teacher(unet: UNet2DConditionModel) -> Teacher:
-    """A teacher of a tiny U-Net; an empty caption's text states are all 7."""
+    """A teacher of a tiny U-Net; an empty caption's text states, and pooled text, are all 7."""
     schedule = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True)
 
-    def encode_prompt(prompts: list[str], *_: Any) -> tuple[torch.Tensor, None]:
-        assert not any(prompts)
-        return torch.full((len(prompts), 5, 16), 7.0), None
+    def encode_prompt(prompt: list[str], **_: Any) -> tuple[torch.Tensor | None, ...]:
+        assert not any(prompt)
+        return torch.full((len(prompt), 5, 16), 7.0), None, torch.full((len(prompt), 16), 7.0), None
 
-    pipe: Any = SimpleNamespace(unet=unet, scheduler=schedule, encode_prompt=encode_prompt)
+    config = SimpleNamespace(force_zeros_for_empty_prompt=False)
+    pipe: Any = SimpleNamespace(
+        unet=unet,
+        scheduler=schedule,
+        encode_prompt=encode_prompt,
+        config=config,
+        vae_scale_factor=8,
+    )
     return Teacher("tiny", pipe, 1.0)
 
 
@@ -153,7 +160,7 @@ def problem_of(
             encoder=absent,
             z=torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(0)),
             content=torch.eye(12),
-            encoded=Encoded(inputs["sample"], inputs["encoder_hidden_states"]),
+            encoded=Encoded(inputs["sample"], conditions_of(inputs)),
             seconds=0.0,
         )
 

@@ -67,9 +67,9 @@ def test_codes_meet_the_budget_to_one_percent(problem_of, unet, method, share):
 
 @pytest.mark.parametrize("method", ["sp", "uni-arch"])
 @pytest.mark.parametrize("budget", [0.85, 0.6])
-def test_codes_made_from_data_meet_the_budget(problem_of, tiny, monkeypatch, method, budget):
+def test_codes_made_from_data_meet_the_budget(problem_of, unet, monkeypatch, method, budget):
     monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
-    problem = problem_of(tiny, budget)
+    problem = problem_of(unet, budget)
     check_met(problem.macs, code_of(method, problem), budget)
 
 
@@ -146,21 +146,21 @@ def test_no_unit_that_norm_closes_beats_one_of_its_layer_that_stays(problem_of, 
 # ---- sp ----
 
 
-def test_units_that_do_nothing_are_closed_first(problem_of, tiny, monkeypatch):
+def test_units_that_do_nothing_are_closed_first(problem_of, unet, monkeypatch):
     """Where the budget is just what the other units cost, `sp` finds those exactly."""
     monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
-    unet = copy.deepcopy(tiny)
-    space = ArchSpace.from_unet(unet)
+    broken = copy.deepcopy(unet)
+    space = ArchSpace.from_unet(broken)
     alive = torch.ones(space.size)
     for layer in space.width_layers:
-        module, width = gated_module(unet, layer)
+        module, width = gated_module(broken, layer)
         half = torch.arange(layer.units) % 2 == 1
         alive[layer.span][half] = 0
         module.weight[:, half.repeat_interleave(width // layer.units)] = 0
-    macs = problem_of(unet).macs
+    macs = problem_of(broken).macs
     budget = macs(alive).item() / macs.dense
-    assert torch.equal(code_of("sp", problem_of(unet, budget))[0], alive)
-    kept = code_of("norm", problem_of(unet, budget))[0]
+    assert torch.equal(code_of("sp", problem_of(broken, budget))[0], alive)
+    kept = code_of("norm", problem_of(broken, budget))[0]
     assert (kept == alive).float().mean() > 0.8  # dead columns are part of a unit's norm
 
 
@@ -329,10 +329,10 @@ def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest, monkeypatch):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
-def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
+def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, unet):
     """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
     settings = {"warmup_steps": 0, "joint_steps": 1, "lr_warmup": 0, "open_logit": 0.5, "seed": 3}
-    problem = problem_of(tiny, hold_budget=False, importance_start=False, **settings)
+    problem = problem_of(unet, hold_budget=False, importance_start=False, **settings)
     cfg, space = problem.cfg, problem.space
     draw = step_generator(cfg.seed, "train", 0)
     torch.randperm(len(problem.z), generator=draw)  # of the transport that is not needed
@@ -341,15 +341,15 @@ def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, tiny):
     code = torch.full((1, space.size), cfg.open_logit, requires_grad=True)
     noise = gumbel_noise((6, space.size), generator=draw)
     a = torch.sigmoid((code + noise) / cfg.gumbel_temp)
-    recorder, gates = BlockRecorder(tiny), attach_gates(tiny, space)
-    expected, blocks = tiny(**batch.inputs()).sample, recorder.take()
+    recorder, gates = BlockRecorder(unet), attach_gates(unet, space)
+    expected, blocks = unet(**batch.inputs()).sample, recorder.take()
     gates.set_gates(a)
-    output = tiny(**batch.inputs()).sample
+    output = unet(**batch.inputs()).sample
     gates.detach()
     distillation = (output - expected).square().mean()
     for ours, theirs in zip(recorder.take(), blocks, strict=True):
         errors, sizes = (x.square().flatten(1).mean(1) for x in (ours - theirs, theirs))
-        distillation = distillation + (errors / sizes).mean() / len(blocks)
+        distillation = distillation + cfg.block_weight * (errors / sizes).mean() / len(blocks)
     recorder.detach()
     resource = (problem.macs(a).mean() / (cfg.budget * problem.macs.dense)).log().abs()
     image = (output - batch.target).square().mean() + cfg.lambda_distill * distillation
@@ -383,7 +383,9 @@ def test_uni_arch_lowers_its_loss(problem_of, smallest, tmp_path):
 def distance(problem, code) -> float:
     """Mean squared difference to the teacher's output, under the gates of a code."""
     unet, encoded = problem.teacher.unet, problem.encoded
-    batch = add_noise(problem.teacher, encoded.latents, encoded.text, step_generator(7, "distance"))
+    batch = add_noise(
+        problem.teacher, encoded.latents, encoded.conditions, step_generator(7, "distance")
+    )
     expected = unet(**batch.inputs()).sample
     gates = attach_gates(unet, problem.space)
     gates.set_gates(code)

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import ROWS, tiny_teacher
+from conftest import ROWS, conditions_of, tiny_teacher
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -14,11 +14,12 @@ from gates import ArchSpace, binarize
 from prune_unet import cut_expert, load_expert
 from settings import Finetuning
 from teacher.blocks import BlockRecorder
+from teacher.conditions import Conditions
 from teacher.encoded import Encoded
 from teacher.model import Noised, Teacher, add_noise
 
 B = 5
-EMPTY = torch.full((5, 16), 7.0)
+EMPTY = Conditions(torch.full((1, 5, 16), 7.0))
 
 
 def code_of(space: ArchSpace) -> Tensor:
@@ -50,7 +51,7 @@ def eq_30(
             error = ((s[b] - t[b]) ** 2).mean()
             if cfg.normalise_blocks:
                 error = error / (t[b] ** 2).mean() / len(blocks)
-            distillation = distillation + error
+            distillation = distillation + cfg.block_weight * error
         terms.append(torch.stack([denoising, distillation]))
     denoising, distillation = torch.stack(terms).mean(0)
     return cfg.alpha_ddpm * denoising + cfg.alpha_distill * distillation, denoising, distillation
@@ -69,20 +70,24 @@ def step(
 @pytest.fixture
 def encoded(make_inputs, smallest) -> Encoded:
     inputs = make_inputs(smallest, ROWS, seed=3)
-    return Encoded(inputs["sample"], inputs["encoder_hidden_states"])
+    return Encoded(inputs["sample"], conditions_of(inputs))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"alpha_ddpm": 1.0, "alpha_distill": 0.3, "micro_batch": 2}, {"normalise_blocks": False}],
+    [
+        {},
+        {"alpha_ddpm": 1.0, "alpha_distill": 0.3, "micro_batch": 2, "block_weight": 0.2},
+        {"normalise_blocks": False},
+    ],
     ids=str,
 )
-def test_a_step_has_the_gradients_of_eq_30(tiny, make_inputs, options):
-    teacher, cfg = tiny_teacher(tiny), Finetuning(**options)
-    inputs, draw = make_inputs(tiny, B), torch.Generator().manual_seed(0)
-    batch = add_noise(teacher, inputs["sample"], inputs["encoder_hidden_states"], draw)
-    space = ArchSpace.from_unet(tiny)
-    expert = cut_expert(tiny, code_of(space), space).requires_grad_(True)
+def test_a_step_has_the_gradients_of_eq_30(unet, make_inputs, options):
+    teacher, cfg = tiny_teacher(unet), Finetuning(**options)
+    inputs, draw = make_inputs(unet, B), torch.Generator().manual_seed(0)
+    batch = add_noise(teacher, inputs["sample"], conditions_of(inputs), draw)
+    space = ArchSpace.from_unet(unet)
+    expert = cut_expert(unet, code_of(space), space).requires_grad_(True)
     terms = step(teacher, expert, batch, cfg)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in expert.parameters()]
     wanted = eq_30(teacher, expert, batch, cfg)
@@ -113,10 +118,9 @@ def test_a_run_of_one_step_moves_weights_down_the_gradient(smallest, encoded, tm
     pick = rows[batch_rows(len(rows), B, cfg.seed, 0)]
     dropped = torch.rand(B, generator=draw) < 0.5
     assert 0 < dropped.sum() < B
-    text = torch.stack(
-        [EMPTY if gone else encoded.text[row] for gone, row in zip(dropped, pick, strict=True)]
-    )
-    batch = add_noise(teacher, encoded.latents[pick], text, draw)
+    own, empty = encoded.conditions.text, EMPTY.text[0]
+    text = [empty if gone else own[row] for gone, row in zip(dropped, pick, strict=True)]
+    batch = add_noise(teacher, encoded.latents[pick], Conditions(torch.stack(text)), draw)
     expert = cut_expert(smallest, code, space).requires_grad_(True)
     eq_30(teacher, expert, batch, cfg)[0].backward()
     sure = 0
@@ -140,7 +144,9 @@ def test_many_steps_bring_the_expert_to_the_teacher(smallest, encoded, tmp_path)
     first, last = finetune.first_and_last(tmp_path, 0)
     assert last < 0.7 * first
     tuned, _ = load_expert(finetune.expert_path(tmp_path, 0))
-    batch = add_noise(teacher, encoded.latents, encoded.text, torch.Generator().manual_seed(9))
+    batch = add_noise(
+        teacher, encoded.latents, encoded.conditions, torch.Generator().manual_seed(9)
+    )
     with torch.no_grad():
         wanted = smallest(**batch.inputs()).sample
         distances = [

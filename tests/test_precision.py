@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import conditions_of
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ def batch(unet, make_inputs) -> Noised:
     given = make_inputs(unet, B, seed=1)
     draw = torch.Generator().manual_seed(2)
     target = torch.randn(given["sample"].shape, generator=draw)
-    return Noised(given["sample"], given["timestep"], given["encoder_hidden_states"], target)
+    return Noised(given["sample"], given["timestep"], conditions_of(given), target)
 
 
 def in_type(unet: UNet2DConditionModel, batch: Noised, dtype: torch.dtype) -> tuple[Any, Noised]:
@@ -46,7 +47,8 @@ def in_type(unet: UNet2DConditionModel, batch: Noised, dtype: torch.dtype) -> tu
         pytest.skip(f"convolutions in {dtype} do not run on this CPU")
     model = copy.deepcopy(unet).to(dtype)
     teacher = SimpleNamespace(unet=model, dtype=dtype, device=torch.device("cpu"))
-    return teacher, Noised(batch.sample.to(dtype), batch.t, batch.text.to(dtype), batch.target)
+    conditions = batch.conditions.to("cpu", dtype)
+    return teacher, Noised(batch.sample.to(dtype), batch.t, conditions, batch.target)
 
 
 def gradients(model: nn.Module) -> Tensor:

@@ -37,8 +37,9 @@ def test_a_shared_out_batch_is_the_whole_one_in_parts(problem_of, smallest, drop
     for rank in range(2):
         own = torch.arange(rank, B, 2)
         part = problem.noised(rows[own], step_generator(0, "train", 1), own, dropout)
-        for name in ("sample", "t", "text", "target"):
+        for name in ("sample", "t", "target"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[own]), name
+        assert torch.equal(part.conditions.text, whole.conditions.text[own])
 
 
 def test_dropout_replaces_that_share_of_captions_by_the_empty_one(problem_of, smallest):
@@ -46,14 +47,14 @@ def test_dropout_replaces_that_share_of_captions_by_the_empty_one(problem_of, sm
     rows, dropped = torch.arange(ROWS), []
     for step in range(20):
         batch = problem.noised(rows, step_generator(0, "dropout", step), dropout=0.3)
-        empty = (batch.text == EMPTY).flatten(1).all(1)
-        assert torch.equal(batch.text[~empty], problem.encoded.text[~empty])
+        empty = (batch.conditions.text == EMPTY).flatten(1).all(1)
+        assert torch.equal(batch.conditions.text[~empty], problem.encoded.conditions.text[~empty])
         dropped.append(empty)
     shares = torch.stack(dropped).float()
     assert shares.mean().item() == pytest.approx(0.3, abs=0.07)
     assert len(shares.unique(dim=0)) == 20  # others each time
     plain = problem.noised(rows, step_generator(0, "dropout", 0))
-    assert torch.equal(plain.text, problem.encoded.text)
+    assert torch.equal(plain.conditions.text, problem.encoded.conditions.text)
 
 
 # ---- Taylor importance ----
@@ -77,21 +78,21 @@ def weight_sums(unet, space) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("least_loss", [0.05, 0.9])
-def test_taylor_importance_is_that_of_the_weights(problem_of, tiny, monkeypatch, least_loss):
+def test_taylor_importance_is_that_of_the_weights(problem_of, unet, monkeypatch, least_loss):
     """Gates' gradients against weights' gradients, a sample at a time, by interval and loss."""
     monkeypatch.setattr(problems, "TAYLOR_BATCHES", 2)
     monkeypatch.setattr(problems, "LEAST_LOSS", least_loss)
-    problem = problem_of(tiny, depth="all")
-    unet = copy.deepcopy(tiny).requires_grad_(True)
+    problem = problem_of(unet, depth="all")
+    trained = copy.deepcopy(unet).requires_grad_(True)
     found: dict[int, list] = {}
     for step in range(2):
         _, batch = taylor_batch(problem, step)
         for row in range(B):
             part = batch.part(torch.tensor([row]))
-            unet.zero_grad()
-            loss = losses.denoising_loss(unet(**part.inputs()).sample, part.target).sum()
+            trained.zero_grad()
+            loss = losses.denoising_loss(trained(**part.inputs()).sample, part.target).sum()
             loss.backward()
-            change = weight_sums(unet, problem.space).abs()
+            change = weight_sums(trained, problem.space).abs()
             found.setdefault(int(part.t) * 20 // 1000, []).append((loss.item(), change))
     mean_losses = {i: sum(x for x, _ in pairs) / len(pairs) for i, pairs in found.items()}
     counted = [i for i, x in mean_losses.items() if x > least_loss * max(mean_losses.values())]
@@ -104,11 +105,11 @@ def test_taylor_importance_is_that_of_the_weights(problem_of, tiny, monkeypatch,
     assert torch.allclose(scores[known], expected[known].detach(), rtol=1e-3, atol=1e-6)
 
 
-def test_a_micro_batch_changes_nothing(problem_of, tiny, monkeypatch):
+def test_a_micro_batch_changes_nothing(problem_of, unet, monkeypatch):
     monkeypatch.setattr(problems, "TAYLOR_BATCHES", 2)
     clusters = torch.arange(ROWS) % 3
-    whole = problems.taylor_importance(problem_of(tiny), clusters)
-    parts = problems.taylor_importance(problem_of(tiny, micro_batch=4), clusters)
+    whole = problems.taylor_importance(problem_of(unet), clusters)
+    parts = problems.taylor_importance(problem_of(unet, micro_batch=4), clusters)
     assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-7)
 
 

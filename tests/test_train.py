@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import tiny_teacher
+from conftest import conditions_of, tiny_teacher
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ from macs import MacsModel, measure_macs
 from prune_unet import attach_gates
 from router import PromptRouter
 from settings import AS_PRINTED, Pruning
+from teacher.conditions import Conditions
 from teacher.model import Noised, add_noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ def make_batch(smallest, make_inputs):
         noised = Noised(
             inputs["sample"],
             inputs["timestep"],
-            inputs["encoder_hidden_states"],
+            conditions_of(inputs),
             torch.randn(inputs["sample"].shape),
         )
         macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
@@ -107,7 +108,7 @@ def blocks_and_output(unet: UNet2DConditionModel, noised: Noised) -> tuple[list[
         for block in blocks
         if block is not None
     ]
-    output = unet(noised.sample, noised.t, noised.text).sample
+    output = unet(**noised.inputs()).sample
     for hook in hooks:
         hook.remove()
     return found, output
@@ -172,7 +173,7 @@ def eq_15(batch: Batch, cfg: Pruning, *, warmup: bool, others: bool = False) -> 
             sizes = [mean_square(t) for t in teacher_blocks]
             distances = [d / n / len(sizes) for d, n in zip(distances, sizes, strict=True)]
         per_sample = per_sample + cfg.lambda_distill * (
-            mean_square(output - teacher) + sum(distances)
+            mean_square(output - teacher) + cfg.block_weight * sum(distances)
         )
     if experts is None:
         image = per_sample.mean()
@@ -232,8 +233,8 @@ def check_step(batch: Batch, *, warmup: bool, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_a_step_in_parts_is_eq_15_in_one_piece(make_batch, tiny, warmup):
-    check_step(make_batch(tiny), warmup=warmup, micro_batch=4)
+def test_a_step_in_parts_is_eq_15_in_one_piece(make_batch, unet, warmup):
+    check_step(make_batch(unet), warmup=warmup, micro_batch=4)
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -352,13 +353,16 @@ def test_checkpointed_steps_have_the_same_gradients(make_batch):
 def test_a_samples_noise_is_its_own_however_the_batch_is_shared_out(smallest):
     """The noise is read back from x_t and v, which are both mixtures of it and x_0."""
     teacher, draw = tiny_teacher(smallest), torch.Generator().manual_seed(0)
-    x0, text = torch.randn(B, 4, 8, 8, generator=draw), torch.randn(B, 5, 16, generator=draw)
-    whole = add_noise(teacher, x0, text, step_generator(0, "train", 3))
+    x0 = torch.randn(B, 4, 8, 8, generator=draw)
+    conditions = Conditions(torch.randn(B, 5, 16, generator=draw))
+    whole = add_noise(teacher, x0, conditions, step_generator(0, "train", 3))
     for rank in range(2):
         own = torch.arange(rank, B, 2)
-        part = add_noise(teacher, x0[own], text[own], step_generator(0, "train", 3), own, B)
-        for name in ("sample", "t", "text", "target"):
+        draw = step_generator(0, "train", 3)
+        part = add_noise(teacher, x0[own], conditions[own], draw, own, B)
+        for name in ("sample", "t", "target"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[own]), name
+        assert torch.equal(part.conditions.text, whole.conditions.text[own])
     share = teacher.noise_schedule().alphas_cumprod[whole.t].view(B, 1, 1, 1)
     noise = (1 - share).sqrt() * whole.sample + share.sqrt() * whole.target
     clean = share.sqrt() * whole.sample - (1 - share).sqrt() * whole.target
@@ -366,7 +370,7 @@ def test_a_samples_noise_is_its_own_however_the_batch_is_shared_out(smallest):
     alike = torch.corrcoef(torch.cat([noise.flatten(1), x0.flatten(1)])) - torch.eye(2 * B)
     assert alike.abs().max() < 0.3 and len(whole.t.unique()) > 1
     assert noise.std().item() == pytest.approx(1, abs=0.1)
-    later = add_noise(teacher, x0, text, step_generator(0, "train", 4))
+    later = add_noise(teacher, x0, conditions, step_generator(0, "train", 4))
     assert not torch.equal(later.t, whole.t)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from targets.images import CaptionedImages
-from teacher.pipelines import AutoencoderDC
+from teacher.parts import AutoencoderDC
 
 LATENT_CHANNELS = 16
 

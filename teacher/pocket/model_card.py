@@ -117,9 +117,7 @@ class TeacherPipeline:
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
-        pipe = teacher.pipe
-        parts = (pipe.unet, pipe.vae, pipe.text_encoder)
-        self.checksums = [fingerprint(part.state_dict(), {}) for part in parts]
+        self.checksums = [fingerprint(part.state_dict(), {}) for part in teacher.parts.values()]
 
     def identity(self, expert: int | None) -> list[str]:
         return self.checksums

@@ -30,8 +30,10 @@ from common.randomness import batch_rows, step_generator
 from common.runs import as_json
 from targets.emoji import captions_of, keyword_captions, split_drawings
 from targets.images import CaptionedImages, load_target
+from teacher.folders import load_part
 from teacher.model import Teacher
-from teacher.pipelines import SCHEDULE, AutoencoderDC, load_part, pocket_pipeline
+from teacher.parts import AutoencoderDC
+from teacher.pipelines import SCHEDULE, pocket_pipeline
 from teacher.pocket import autoencoder
 from teacher.pocket.autoencoder import (
     LATENT_CHANNELS,
@@ -231,7 +233,7 @@ def encode_everything(teacher: Teacher, data: CaptionedImages) -> TrainingSet:
     captions = list(places)
     text = torch.cat(
         [
-            teacher.encode_text(captions[i : i + 256]).bfloat16()
+            teacher.conditions(captions[i : i + 256]).text.bfloat16()
             for i in trange(0, len(captions), 256, desc="captions")
         ]
     )

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.hub import minilm_folder
 from common.randomness import step_generator
 from targets.images import CaptionedImages, Unreadable, load_target
+from teacher.conditions import Conditions
 from teacher.encoded import encode_target
 from teacher.model import Teacher, add_noise, load_teacher
 from teacher.pocket.autoencoder import reconstruction_psnr
@@ -56,9 +57,9 @@ def test_it_is_frozen_and_small(teacher):
 
 
 def test_text_states_ignore_the_rest_of_the_batch(teacher):
-    together = teacher.encode_text(["a giraffe", "an outlined drawing of a left speech bubble", ""])
+    together = teacher.conditions(["a giraffe", "an outlined drawing of a left bubble", ""]).text
     assert together.shape == (3, teacher.text_tokens, 384)
-    assert torch.allclose(together[:1], teacher.encode_text(["a giraffe"]), atol=1e-5)
+    assert torch.allclose(together[:1], teacher.conditions(["a giraffe"]).text, atol=1e-5)
 
 
 def test_text_states_are_minilms_own_the_sentences_first_and_padding_is_masked(teacher):
@@ -69,7 +70,7 @@ def test_text_states_are_minilms_own_the_sentences_first_and_padding_is_masked(t
     tokens = tokenizer(prompts, return_tensors="pt", **options)
     with torch.no_grad():
         states = BertModel.from_pretrained(minilm_folder())(**tokens).last_hidden_state
-    found = teacher.encode_text(prompts)
+    found = teacher.conditions(prompts).text
     assert torch.allclose(found[:, 1:], states[:, 1:], atol=1e-5)
     encoder = SentenceTransformer(str(minilm_folder()), device="cpu")
     encoder.max_seq_length = 20
@@ -92,8 +93,11 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
     The error is below the target's own size, and rises when captions are exchanged.
     """
     data = load_target("emoji", "train", limit=96)
-    x0, text = teacher.encode_images(data.images(range(96))), teacher.encode_text(data.captions)
-    batch = add_noise(teacher, x0, text, step_generator(0, "test"))
+    x0, conditions = (
+        teacher.encode_images(data.images(range(96))),
+        teacher.conditions(data.captions),
+    )
+    batch, text = add_noise(teacher, x0, conditions, step_generator(0, "test")), conditions.text
 
     def error(states: torch.Tensor) -> float:
         with torch.no_grad():
@@ -108,7 +112,7 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
 def test_noised_samples_follow_the_schedule(teacher):
     """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v, from the definitions of x_t and v."""
     x0 = torch.randn(16, 8, 8, 8)
-    batch = add_noise(teacher, x0, torch.zeros(16, 1, 384), step_generator(0, "test"))
+    batch = add_noise(teacher, x0, Conditions(torch.zeros(16, 1, 384)), step_generator(0, "test"))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
     assert torch.allclose(
@@ -137,11 +141,13 @@ def test_rows_are_what_the_teacher_makes_of_them(teacher, cache, way):
     encoded = encode_target(teacher, data, batch=5, **WAYS[way])
     rows = torch.tensor([3, 11, 0, 5, 5, 2, 9])
     for some in (rows, rows.flip(0), torch.arange(12)):
-        latents, text = encoded.batch(some)
+        latents, conditions = encoded.batch(some)
+        text = conditions.text
         assert torch.allclose(latents, teacher.encode_images(data.images(some)), atol=1e-5)
-        states = teacher.encode_text([data.captions[row] for row in some.tolist()])
+        states = teacher.conditions([data.captions[row] for row in some.tolist()]).text
         assert torch.allclose(text, states, atol=1e-5)
-        assert torch.equal(encoded.text[some], text) and torch.equal(encoded.latents[some], latents)
+        assert torch.equal(encoded.conditions[some].text, text)
+        assert torch.equal(encoded.latents[some], latents)
         assert latents.dtype == torch.float32
 
 
@@ -157,7 +163,7 @@ def test_ways_of_keeping_rows_are_what_they_say(teacher, cache, way):
     data = target()
     encoded = encode_target(teacher, data, **WAYS[way])
     assert isinstance(encoded.latents, torch.Tensor) == (way in ("memory", "text on demand"))
-    assert isinstance(encoded.text, torch.Tensor) == (way in ("memory", "disk"))
+    assert isinstance(encoded.conditions, Conditions) == (way in ("memory", "disk"))
     assert len(list(cache.glob("latents-*"))) == ("disk" in way)
 
 

@@ -2,134 +2,67 @@
 
 import json
 import shutil
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import LAYOUTS
 from diffusers import (
-    AutoencoderKL,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from small_pipelines import LAYOUT_NAMES, write_pipeline
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.errors import UserError
 from common.files import write_json
 from common.hub import STABLE_DIFFUSION
 from common.randomness import step_generator
-from teacher import pipelines
+from teacher import parts, pipelines
+from teacher.conditions import Conditions
 from teacher.model import add_noise, load_teacher
-from teacher.pipelines import SCHEDULE, TEACHERS, random_pipeline
+from teacher.pipelines import TEACHERS, random_pipeline
 from teacher.pocket.autoencoder import VAE_CONFIG
 from teacher.pocket.pretrain import SCHEDULER_CONFIG, UNET_CONFIG
 from teacher.shapes import ASSETS, load_shape
 
 PROMPTS = ["a giraffe", "Two BROWN dogs, one with a red ball! " * 9, ""]
-SCHEDULERS = {  # the published ones
-    "sd1": {"_class_name": "PNDMScheduler", "clip_sample": False, **SCHEDULE},
-    "sd2": {
-        "_class_name": "DDIMScheduler",
-        "clip_sample": False,
-        "prediction_type": "v_prediction",
-        **SCHEDULE,
-    },
-}
-
-
-def write_tokenizer(folder: Path, pad: str) -> None:
-    """A CLIP tokenizer in the files of old: every letter, and a few merges."""
-    letters = [chr(code) for code in range(33, 127)]
-    merges = ["g i", "gi r", "a f", "af f", "aff e</w>", "gir affe</w>", "d o", "do g"]
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    words += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
-    special["unk_token"] = "<|endoftext|>"
-    write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    write_json(folder / "tokenizer_config.json", special | settings)
-
-
-def write_pipeline(folder: Path, layout: str) -> Path:
-    """A tiny Stable Diffusion in the published layout, random weights."""
-    torch.manual_seed(7)
-    write_tokenizer(folder / "tokenizer", "<|endoftext|>" if layout == "sd1" else "!")
-    unet = UNet2DConditionModel(**LAYOUTS[layout])
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        scaling_factor=0.18215,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=300,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=16,
-            bos_token_id=196,
-            eos_token_id=197,
-        )
-    )
-    for name, part in {"unet": unet, "vae": vae, "text_encoder": text}.items():
-        part.save_pretrained(folder / name)
-    file = folder / "text_encoder" / "model.safetensors"  # the published names of its weights
-    states = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
-    states["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(states, file, {"format": "pt"})
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULERS[layout])
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.8.0",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-        "scheduler": ["diffusers", SCHEDULERS[layout]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_json(folder / "model_index.json", index)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {
         layout: write_pipeline(tmp_path_factory.mktemp("hub") / layout, layout)
-        for layout in ("sd1", "sd2")
+        for layout in LAYOUT_NAMES
     }
 
 
-@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_a_folder_gives_what_stock_diffusers_gives(folders, layout):
-    teacher = load_teacher(str(folders[layout]))
-    stock = StableDiffusionPipeline.from_pretrained(
-        folders[layout], safety_checker=None, feature_extractor=None
-    )
-    stock.scheduler = PNDMScheduler.from_config(stock.scheduler.config)
+    teacher, xl = load_teacher(str(folders[layout])), layout == "sdxl"
+    if xl:
+        stock = StableDiffusionXLPipeline.from_pretrained(folders[layout], add_watermarker=False)
+    else:
+        stock = StableDiffusionPipeline.from_pretrained(
+            folders[layout], safety_checker=None, feature_extractor=None
+        )
+    stock.scheduler = PNDMScheduler.from_config(stock.scheduler.config, skip_prk_steps=True)
     stock.set_progress_bar_config(disable=True)
     assert (teacher.resolution, teacher.latent_size, teacher.text_tokens) == (16, 8, 77)
-    assert teacher.guidance_scale == 7.5 and teacher.name == str(folders[layout])
+    assert teacher.guidance_scale == (5.0 if xl else 7.5) and teacher.name == str(folders[layout])
 
-    options = {"num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    ours = teacher.pipe(PROMPTS[:2], generator=generators, **options).images
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    assert (ours == stock(PROMPTS[:2], generator=generators, **options).images).all()
+    options = {"num_inference_steps": 4, "guidance_scale": teacher.guidance_scale}
+    images = stock(PROMPTS[:2], generator=generators, **options).images
+    for ours, theirs in zip(teacher.generate(PROMPTS[:2], (1, 2), 4), images, strict=True):
+        assert (np.asarray(ours) == np.asarray(theirs)).all()
 
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    mean = stock.vae.encode(images).latent_dist.mean * 0.18215
+    mean = stock.vae.encode(images).latent_dist.mean * (0.13025 if xl else 0.18215)
     assert torch.equal(teacher.encode_images(images), mean)
 
 
@@ -143,11 +76,11 @@ def test_text_states_are_clips_own(folders, tmp_path):
     encoder = CLIPTextModel.from_pretrained(folders["sd2"] / "text_encoder").eval()
     with torch.no_grad():
         states = encoder(tokens.input_ids).last_hidden_state
-    assert torch.equal(load_teacher(str(folders["sd2"])).encode_text(PROMPTS), states)
+    assert torch.equal(load_teacher(str(folders["sd2"])).conditions(PROMPTS).text, states)
     folder = tmp_path / "boundless"  # a tokenizer that does not say where the encoder ends
     shutil.copytree(folders["sd2"], folder)
     edit("tokenizer/tokenizer_config.json", model_max_length=10**30)(folder)
-    assert torch.equal(load_teacher(str(folder)).encode_text(PROMPTS), states)
+    assert torch.equal(load_teacher(str(folder)).conditions(PROMPTS).text, states)
 
 
 @pytest.mark.parametrize("layout", ["sd1", "sd2"])
@@ -155,7 +88,7 @@ def test_the_target_is_what_the_folder_was_trained_to_predict(folders, layout):
     """From the definitions: x_0 of the noise (SD 1), or of the velocity (SD 2)."""
     teacher = load_teacher(str(folders[layout]))
     x0 = torch.randn(16, 4, 8, 8)
-    batch = add_noise(teacher, x0, torch.zeros(16, 77, 16), step_generator(0, "test"))
+    batch = add_noise(teacher, x0, Conditions(torch.zeros(16, 77, 16)), step_generator(0, "test"))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
     signal, noise = abar.sqrt(), (1 - abar).sqrt()
@@ -171,7 +104,7 @@ def test_the_pocket_teacher_saved_as_a_plain_folder_is_the_same_teacher(tmp_path
     plain = load_teacher(str(tmp_path))
     assert (plain.guidance_scale, plain.resolution, plain.text_tokens) == (7.5, 64, 20)
     prompts = ["a giraffe, flat emoji", "", "a slice of pizza " * 20]
-    assert torch.equal(plain.encode_text(prompts), pocket.encode_text(prompts))
+    assert torch.equal(plain.conditions(prompts).text, pocket.conditions(prompts).text)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(plain.encode_images(images), pocket.encode_images(images))
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
@@ -244,15 +177,18 @@ def lose_a_weight(part, file):
     return lose
 
 
-XL = ["diffusers", "StableDiffusionXLPipeline"]
 UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 FAULTS = {
     "no index": (remove("model_index.json"), "model_index.json.*hf download"),
     "index no JSON": (write("model_index.json", "{"), "model_index.json"),
     "index a list": (write("model_index.json", "[]"), "model_index.json"),
-    "SDXL": (
+    "another pipeline": (
+        edit("model_index.json", _class_name="StableDiffusion3Pipeline"),
+        r"StableDiffusion3Pipeline; Stable Diffusion 1.x, 2.x and SDXL's base model",
+    ),
+    "SDXL in name": (
         edit("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        r"StableDiffusionXLPipeline; Stable Diffusion 1.x and 2.x",
+        r"text_encoder_2 is a \(nothing\)",
     ),
     "inpainting": (
         edit("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
@@ -341,7 +277,7 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(folders, tmp_path,
     teacher = load_teacher("some/diffusion")
     assert teacher.name == "some/diffusion"
     there = load_teacher(str(folders["sd2"]))
-    assert torch.equal(teacher.encode_text(PROMPTS), there.encode_text(PROMPTS))
+    assert torch.equal(teacher.conditions(PROMPTS).text, there.conditions(PROMPTS).text)
     (repository / "snapshots" / commit / "vae" / UNET).unlink()
     with pytest.raises(UserError, match=r"some/diffusion|vae/diffusion"):
         load_teacher("some/diffusion")
@@ -350,17 +286,15 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(folders, tmp_path,
 # ---- shapes with random weights ----
 
 
-def test_every_shape_but_sdxl_has_a_random_teacher():
+def test_every_shape_has_a_random_teacher():
     shapes = {path.stem for path in (ASSETS / "unets").glob("*.json")}
-    assert {f"{shape}-random" for shape in shapes - {"sdxl"}} | {"pocket"} == set(TEACHERS)
-    with pytest.raises(UserError, match=r"sdxl-random.*text_time"):
-        load_teacher("sdxl-random")
+    assert {f"{shape}-random" for shape in shapes} | {"pocket"} == set(TEACHERS)
 
 
 def test_the_random_sd21_is_the_published_shape(monkeypatch):
     """On the meta device, as far as the U-Net goes."""
     shape = load_shape("sd21")
-    monkeypatch.setattr(UNet2DConditionModel, "from_config", lambda config: shape)
+    monkeypatch.setattr(pipelines, "random_unet", lambda *_: shape)
     pipe = random_pipeline("sd21")
     assert sum(p.numel() for p in pipe.unet.parameters()) == 865_910_724
     assert pipe.vae_scale_factor == 8 and pipe.vae.config.latent_channels == 4
@@ -390,10 +324,10 @@ def test_a_random_teacher_is_the_same_whenever_it_is_loaded(tiny_shape):
         ours, others = (getattr(t.pipe, part).state_dict() for t in (first, second))
         assert all(torch.equal(value, others[name]) for name, value in ours.items())
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    latents, text = first.encode_images(images), first.encode_text(PROMPTS[:2])
+    latents, text = first.encode_images(images), first.conditions(PROMPTS[:2]).text
     assert latents.shape == (2, 4, 4, 4) and text.shape == (2, 77, 16)
     assert not torch.allclose(text[0], text[1])
-    batch = add_noise(first, latents, text, step_generator(0, "test"))
+    batch = add_noise(first, latents, Conditions(text), step_generator(0, "test"))
     with torch.no_grad():
         assert torch.isfinite(first.unet(**batch.inputs()).sample).all()
     size = {"height": 32, "width": 32, "num_inference_steps": 2}
@@ -412,10 +346,10 @@ def test_precision_holds_for_every_part(folders, precision):
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     outputs = []
     for teacher in (full, half):
-        x0, text = teacher.encode_images(images), teacher.encode_text(["a giraffe"] * 4)
-        batch = add_noise(teacher, x0, text, step_generator(0, "test"))
+        x0, text = teacher.encode_images(images), teacher.conditions(["a giraffe"] * 4).text
+        batch = add_noise(teacher, x0, Conditions(text), step_generator(0, "test"))
         assert x0.dtype == batch.target.dtype == torch.float32
-        assert batch.sample.dtype == batch.text.dtype == teacher.dtype
+        assert batch.sample.dtype == batch.conditions.text.dtype == teacher.dtype
         with torch.no_grad():
             outputs.append(teacher.unet(**batch.inputs()).sample.float())
     error = (outputs[0] - outputs[1]).square().mean() / outputs[0].square().mean()
@@ -448,7 +382,7 @@ def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(t
     from diffusers import AutoencoderDC
 
     torch.manual_seed(0)
-    vae = pipelines.AutoencoderDC(**VAE_CONFIG).eval()
+    vae = parts.AutoencoderDC(**VAE_CONFIG).eval()
     stock = AutoencoderDC(**VAE_CONFIG).eval()
     stock.load_state_dict(vae.state_dict())
     unet = UNet2DConditionModel(**UNET_CONFIG | {"block_out_channels": (32, 32, 32)})
@@ -470,7 +404,7 @@ def test_the_first_state_is_the_mean_only_where_the_configuration_says_so(masked
     size = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=30, intermediate_size=8, **size)
     stock = transformers.BertModel(config).eval()
-    ours = pipelines.BertModel(config).eval()
+    ours = parts.BertModel(config).eval()
     ours.load_state_dict(stock.state_dict())
     ids = torch.randint(0, 30, (2, 5))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if masked else None

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.files import load_tensors, read_json
 from targets.images import load_target
-from teacher.pipelines import AutoencoderDC, load_pocket
+from teacher.parts import AutoencoderDC
+from teacher.pipelines import load_pocket
 from teacher.pocket import pretrain
 from teacher.pocket.autoencoder import (
     VAE_CONFIG,
