@@ -28,13 +28,14 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
 
 bench: setup
 	$(RUN) -m pytest bench/ --benchmark-only
 
 docs: setup
-	$(RUN) -m docs.equations
+	$(RUN) -m docs.site
 
 clean:
-	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf runs docs/site .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

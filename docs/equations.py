@@ -1,142 +1,114 @@
-"""README's table of equations, made from the tags `[Eq. n]` in the modules' docstrings.
+"""The paper's equations, and the definitions of the code that carry their tags.
 
-    python -m docs.equations            # rewrites the table between its markers
-    python -m docs.equations --check    # exit code 1 if it is not current
-
-The function that is an equation carries its tag in the first line of its docstring, and no other
-function does. Eqs. 16-19 are background that nothing here computes.
+The function that is an equation ends the first line of its docstring with `[Eq. n]`, and no other
+function does. `equations.md` holds the equations themselves. Eqs. 16-19 are background that nothing
+here computes.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import sys
-from collections.abc import Iterator
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from common.errors import UserError, command_line
-from common.files import replacing
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-START, END = "<!-- equations -->", "<!-- /equations -->"
-
-EQUATIONS = {
-    1: "denoising loss",
-    2: "prompt router: prompt to expert",
-    3: "prompt encoder",
-    4: "architecture predictor",
-    5: "entropic transport problem",
-    6: "equipartition of a batch among the experts",
-    7: "its solution by Sinkhorn-Knopp",
-    8: "router while training",
-    9: "soft gates of a code",
-    10: "width pruning",
-    11: "depth pruning",
-    12: "soft gates of an embedding",
-    13: "contrastive loss",
-    14: "similarity distributions of a batch",
-    15: "pruning objective",
-    20: "expert of each prompt, while training",
-    21: "code of each prompt, while training",
-    22: "router at test time",
-    23: "depth pruning in the encoder",
-    24: "depth pruning in the decoder",
-    25: "pruning objective (Eq. 15 again)",
-    26: "resource loss",
-    27: "distillation of the output",
-    28: "distillation of the blocks",
-    29: "distillation, both",
-    30: "fine-tuning objective",
-    31: "resource loss (Eq. 26 again)",
-}
+ENTRY = re.compile(r"^## Eq\. (\d+): ([^\n]+) \(([^\n]+)\)\n\n```math\n(.+?)\n```", re.M | re.S)
+TAG = re.compile(r" ?\[Eq\. (\d+)\]")
+CONSTANTS = "constants"
 
 
 @dataclass(frozen=True)
-class Config:
-    """Rewrites README's table of equations."""
+class Equation:
+    """An equation as the paper prints it."""
 
-    check: bool = False
-    """Change nothing; end with exit code 1 if the table is not current."""
-    readme: Path = ROOT / "README.md"
-    """The file that holds the table."""
+    number: int
+    title: str
+    section: str
+    latex: str
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an equation is: `function` of `module`, which starts at `line`."""
+class Definition:
+    """A function, a method, a class up to its first method, or a run of constants."""
 
-    module: str
-    function: str
+    module: str  # the file's stem
+    name: str
     line: int
+    docstring: str  # without tags
+    equations: tuple[int, ...]
+    code: str  # without the docstring
 
 
-def definitions(node: ast.AST, owner: str = "") -> Iterator[tuple[str, str, int]]:
-    """(qualified name, first line of the docstring, line) of each function and class in `node`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{owner}{child.name}"
-            yield name, (ast.get_docstring(child) or "").partition("\n")[0], child.lineno
-            yield from definitions(child, f"{name}.")
-        else:
-            yield from definitions(child, owner)
+def equations(path: Path = ROOT / "docs" / "equations.md") -> dict[int, Equation]:
+    """The equations by number, in the paper's order."""
+    found = ENTRY.findall(path.read_text(encoding="utf-8"))
+    return {int(number): Equation(int(number), *rest) for number, *rest in found}
 
 
-def tagged(root: Path) -> dict[int, list[Place]]:
-    """The places of each tagged equation in the modules of the folder `root`."""
-    places: dict[int, list[Place]] = {}
+def definitions(path: Path) -> list[Definition]:
+    """What a module defines, in the file's order; nested functions belong to the outer one."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: list[Definition] = []
+
+    def add(node: ast.stmt, name: str, last: int) -> None:
+        documented = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        docstring = ast.get_docstring(node) if documented else None  # type: ignore[arg-type]
+        text = node.body[0] if docstring else None  # type: ignore[attr-defined]
+        dropped = range(text.lineno, text.end_lineno + 1) if text else ()
+        first = first_line(node)
+        if name == CONSTANTS and found and found[-1].name == CONSTANTS:
+            first = found.pop().line
+        code = [lines[n - 1] for n in range(first, last + 1) if n not in dropped]
+        summary, _, rest = (docstring or "").partition("\n")
+        found.append(
+            Definition(
+                path.stem,
+                name,
+                first,
+                TAG.sub("", summary) + "\n" + rest,
+                tuple(int(number) for number in TAG.findall(summary)),
+                textwrap.dedent("\n".join(code)).strip("\n"),
+            )
+        )
+
+    for node in ast.parse("\n".join(lines)).body:
+        assert node.end_lineno
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            add(node, CONSTANTS, node.end_lineno)
+        elif isinstance(node, ast.FunctionDef):
+            add(node, node.name, node.end_lineno)
+        elif isinstance(node, ast.ClassDef):
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            add(node, node.name, first_line(methods[0]) - 1 if methods else node.end_lineno)
+            for child in methods:
+                assert child.end_lineno
+                add(child, f"{node.name}.{child.name}", child.end_lineno)
+    return found
+
+
+def first_line(node: ast.stmt) -> int:
+    """Where a statement starts, its decorators included."""
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+
+
+def implementations(root: Path, known: dict[int, Equation]) -> dict[int, Definition]:
+    """The definition of each equation, in the paper's order.
+
+    Raises `UserError` where an equation is not tagged exactly once, or a tag is of none.
+    """
+    found: dict[int, list[Definition]] = {number: [] for number in known}
     for path in sorted(root.glob("*.py")):
-        for name, summary, line in definitions(ast.parse(path.read_text(encoding="utf-8"))):
-            for number in re.findall(r"\[Eq\. (\d+)\]", summary):
-                places.setdefault(int(number), []).append(Place(path.name, name, line))
-    return places
-
-
-def equation_table(root: Path) -> str:
-    """The table as Markdown. Raises `UserError` where an equation is not tagged exactly once."""
-    places = tagged(root)
-    for number in sorted(EQUATIONS.keys() | places.keys()):
-        found = [f"{place.module}:{place.line}" for place in places.get(number, [])]
-        if number not in EQUATIONS:
-            raise UserError(f"[Eq. {number}] at {', '.join(found)} is no equation of the method")
-        if len(found) != 1:
-            where = ", ".join(found) or "nowhere"
+        for definition in definitions(path):
+            for number in definition.equations:
+                found.setdefault(number, []).append(definition)
+    for number, places in found.items():
+        where = ", ".join(f"{place.module}.py:{place.line}" for place in places) or "nowhere"
+        if number not in known:
+            raise UserError(f"[Eq. {number}] at {where} is no equation of docs/equations.md")
+        if len(places) != 1:
             raise UserError(f"[Eq. {number}] must be tagged exactly once; it is at {where}")
-    lines = ["| Eq. | what it is | function |", "|---|---|---|"]
-    for number, title in EQUATIONS.items():
-        place = places[number][0]
-        function = f"{Path(place.module).stem}.{place.function}"
-        lines.append(f"| {number} | {title} | [`{function}`]({place.module}#L{place.line}) |")
-    return "\n".join(lines)
-
-
-def with_table(text: str, table: str) -> str:
-    """`text` with `table` between the markers. Raises `UserError` where it lacks them."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"the README has no place for the table; it needs {START} and {END}")
-    return f"{before}{START}\n{table}\n{END}{after}"
-
-
-def main() -> None:
-    cfg = tyro.cli(Config, description=__doc__)
-    try:
-        text = cfg.readme.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"--readme {cfg.readme} does not exist") from None
-    current = with_table(text, equation_table(ROOT))
-    if cfg.check and current != text:
-        print(f"{cfg.readme.name}'s table of equations is not current; run `make docs`")
-        sys.exit(1)
-    if not cfg.check:
-        with replacing(cfg.readme) as temporary:
-            temporary.write_text(current, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    command_line(main)
+    return {number: places[0] for number, places in found.items()}
