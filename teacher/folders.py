@@ -181,8 +181,9 @@ def check_layout(folder: Path) -> tuple[str, dict[str, str]]:
 def class_in(index: dict[str, Any], part: str) -> str:
     """The class of a part by model_index.json; `NOTHING` where there is none."""
     entry = index.get(part)
-    named = isinstance(entry, list) and len(entry) == 2 and entry[1]
-    return str(entry[1]) if named else NOTHING
+    if isinstance(entry, list) and len(entry) == 2 and entry[1]:
+        return str(entry[1])
+    return NOTHING
 
 
 def check_conditions(kind: str, config: Any, who: str) -> None:
