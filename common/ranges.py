@@ -27,8 +27,10 @@ class Range:
         return f"{floor}, and at most {self.high:g}"
 
 
-ANY, COUNT, POSITIVE, WEIGHT = Range(), Range(1), Range(0, above=True), Range(0)
-SHARE, NUMBER = Range(0, 1), Range(0, 2**63 - 1)
+MANY = 10**9  # more of anything is refused
+ANY, POSITIVE, WEIGHT, SHARE = Range(), Range(0, above=True), Range(0), Range(0, 1)
+COUNT, NUMBER, SEED = Range(1, MANY), Range(0, MANY), Range(0, 2**62)
+PIXELS, IMAGES = Range(8, 2**14), Range(2, MANY)
 RANGES = {
     # pruning
     "budget": Range(0, 1, above=True),
@@ -60,17 +62,17 @@ RANGES = {
     "caption_dropout": SHARE,
     # sampling and scoring
     "num_images": COUNT,
-    "images": Range(2),
+    "images": IMAGES,
     "steps": COUNT,
     "guidance": WEIGHT,
     "seeds": COUNT,
     "finetune_steps": COUNT,
     "text_tokens": COUNT,
     # all
-    "resolution": Range(8),
+    "resolution": PIXELS,
     "limit": COUNT,
     "save_every": COUNT,
-    "seed": NUMBER,
+    "seed": SEED,
     # the pocket teacher's training and card
     "vae_steps": COUNT,
     "vae_batch_size": COUNT,
@@ -88,9 +90,9 @@ RANGES = {
     "moment_weight": WEIGHT,
     "edge_weight": WEIGHT,
     "square_weight": WEIGHT,
-    "train_images": Range(2),
-    "validation_images": Range(2),
-    "trial_images": Range(2),
+    "train_images": IMAGES,
+    "validation_images": IMAGES,
+    "trial_images": IMAGES,
     "guidances": WEIGHT,
 }
 
@@ -107,6 +109,7 @@ def check_ranges(cfg: Any) -> None:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             allowed = RANGES[field.name]
-            if not math.isfinite(value) or value not in allowed:
+            if value not in allowed or not math.isfinite(value):
                 option = f"--{field.name.replace('_', '-')}"
-                raise UserError(f"{option} {value:g} is out of range; choose {allowed}")
+                shown = value if isinstance(value, int) else f"{value:g}"
+                raise UserError(f"{option} {shown} is out of range; choose {allowed}")

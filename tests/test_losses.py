@@ -80,19 +80,20 @@ def test_a_teachers_block_of_zeros_gives_a_finite_loss():
     assert loss.isfinite() and blocks[0][0].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_distillation_adds_the_blocks_to_the_output_and_spares_the_teacher(normalise):
+@pytest.mark.parametrize(("normalise", "weight"), [(True, 0.2), (False, 1.0), (True, 0.0)])
+def test_distillation_adds_the_blocks_to_the_output_and_spares_the_teacher(normalise, weight):
     shapes = [(2, 4, 8, 8), (2, 8, 4, 4), (2, 4, 8, 8)]
     student = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     teacher = [random(*shape, seed=9 + i).requires_grad_() for i, shape in enumerate(shapes)]
     out, target = random(2, 3, 8, 8).requires_grad_(), random(2, 3, 8, 8, seed=1).requires_grad_()
-    loss = losses.distillation_loss(out, target, student, teacher, normalise)
-    expected = torch.tensor(plain_blocks(student, teacher, normalise))
+    loss = losses.distillation_loss(out, target, student, teacher, normalise, weight)
+    expected = weight * torch.tensor(plain_blocks(student, teacher, normalise))
     for b in range(2):
         expected[b] += ((out[b] - target[b]) ** 2).sum().item() / out[b].numel()
     assert torch.allclose(loss, expected, rtol=1e-5)
     loss.sum().backward()
-    assert all(s.grad is not None and s.grad.abs().sum() > 0 for s in [out, *student])
+    assert all((s.grad.abs().sum() > 0) == (weight > 0) for s in student)
+    assert out.grad.abs().sum() > 0
     assert all(t.grad is None for t in [target, *teacher])
 
 
@@ -136,10 +137,12 @@ def plain_contrastive(z: Tensor, e: Tensor, tau: float) -> float:
     return -total / B**2
 
 
-@given(seed=SEEDS, B=st.integers(2, 6), tau=st.floats(0.2, 2))
-def test_contrastive_loss_equals_the_double_loop(seed, B, tau):
+@given(seed=SEEDS, B=st.integers(2, 6), tau=st.floats(0.3, 2), center=st.booleans())
+def test_contrastive_loss_equals_the_double_loop(seed, B, tau, center):
     z, e = random(B, 7, seed=seed), random(B, 11, seed=seed + 1).sigmoid()
-    ours = losses.contrastive_loss(z, e, tau).item()
+    ours = losses.contrastive_loss(z, e, tau, center).item()
+    if center:
+        e = e - torch.stack([e[:, unit].sum() / B for unit in range(11)])
     assert ours == pytest.approx(plain_contrastive(z, e, tau), rel=1e-4)
 
 
@@ -151,9 +154,11 @@ def test_similarities_are_rows_of_probabilities():
 
 def test_contrastive_loss_is_least_where_the_similarities_agree():
     z = random(6, 8)
-    agreeing = losses.contrastive_loss(z, 3 * z, 0.3)  # cosines do not see the length
+    z = z - z.mean(0)
+    agreeing = losses.contrastive_loss(z, 3 * z + 5, 0.3)  # neither length nor a common part
     for seed in range(5):
         assert losses.contrastive_loss(z, random(6, 8, seed=seed + 1), 0.3) > agreeing
+    assert losses.contrastive_loss(z, 3 * z + 5, 0.3, center=False) > agreeing + 0.01
 
 
 def test_minimising_it_brings_similar_prompts_architectures_together():

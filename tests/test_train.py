@@ -33,11 +33,7 @@ from teacher.model import Noised, add_noise
 ROOT = Path(__file__).resolve().parent.parent
 B, N, DZ, P = 7, 3, 12, 20
 BUDGET = 0.6
-PRINTED = {
-    name: False
-    for name in ("hold_budget", "sample_noise", "common_noise", "normalise_blocks")
-    if AS_PRINTED[name] is False
-}
+PRINTED = {name: False for name in AS_PRINTED if AS_PRINTED[name] is False}
 
 
 class Batch(NamedTuple):
@@ -127,7 +123,7 @@ def transported(router: PromptRouter, e: Tensor, cfg: Pruning) -> Tensor:
 
 
 def contrastive(z: Tensor, e: Tensor, tau: float) -> Tensor:
-    """Eqs. 13 and 14, with the sign that is minimised."""
+    """Eqs. 13 and 14 of vectors that are centred or not, with the sign that is minimised."""
     r, s = (torch.softmax(F.cosine_similarity(x[:, None], x[None], dim=2) / tau, 1) for x in (z, e))
     not_s = torch.log(1 - s.clamp(max=1 - 1e-6))
     return -(r * s.log() + (1 - r) * not_s).sum() / B**2
@@ -188,7 +184,9 @@ def eq_15(batch: Batch, cfg: Pruning, *, warmup: bool, others: bool = False) -> 
         )
         resource, lambda_res = log_T, max(0.0, -(of_image * of_T).sum() / (of_T**2).sum())
     loss = image + lambda_res * resource
-    loss = loss + cfg.lambda_cont * contrastive(z, e_prime, cfg.contrast_temp)
+    compared = e_prime - e_prime.sum(0) / B if cfg.center else e_prime
+    if warmup or not cfg.own_keys:  # with keys that stay, embeddings are not trained any more
+        loss = loss + cfg.lambda_cont * contrastive(z, compared, cfg.contrast_temp)
     return Objective(loss, logits, log_T, float(lambda_res))
 
 
@@ -211,7 +209,8 @@ def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float 
 
 def check_step(batch: Batch, *, warmup: bool, **options: Any) -> None:
     """A step's loss and the gradients of all the router's parameters are those of Eq. 15."""
-    cfg = Pruning(**{"num_experts": N, "budget": BUDGET, "lambda_cont": 1.0, **options})
+    # at a tau where the contrastive loss is no constant
+    cfg = Pruning(**{"num_experts": N, "budget": BUDGET, "contrast_temp": 0.5, **options})
     others = batch.others if cfg.hold_budget else None
     step = batch.step(cfg)
     draw = torch.Generator().manual_seed(5)
