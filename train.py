@@ -2,7 +2,7 @@
 
     python train.py                          # emoji, pocket teacher, 0.78 of its MACs, 8 experts
     python train.py --budget 0.5 --num-experts 4
-    python train.py --preset coco-base --data-dir D      # or coco-small, cc3m-base, cc3m-small
+    python train.py --preset coco-base --data-dir D  # coco-small, cc3m-base, cc3m-small, coco-sdxl
     torchrun --nproc-per-node 8 train.py --preset coco-base --data-dir D --precision bf16
 
 Warm-up: each prompt is pruned by its own predicted architecture e' (Eq. 12). Then the codes start

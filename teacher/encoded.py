@@ -73,7 +73,7 @@ def encode_target(
     config, (states, pooled) = teacher.unet.config, text_widths(teacher.unet.config)
     of_latents = 4 * config.in_channels * teacher.latent_size**2  # bytes a row
     of_conditions = teacher.dtype.itemsize * (teacher.text_tokens * states + pooled)
-    batch = batch or max(1, min(64, 2**20 // teacher.resolution**2))
+    batch = batch or teacher.images_at_once
 
     def conditions_of(batches: Sequence[Tensor]) -> Iterator[Conditions]:
         for rows in batches:

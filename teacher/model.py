@@ -87,6 +87,11 @@ class Teacher:
         """Pixels a side."""
         return self.pixels or int(self.unet.config.sample_size * self.pipe.vae_scale_factor)
 
+    @property
+    def images_at_once(self) -> int:
+        """Images that the autoencoder is given together: about a million pixels, 64 at most."""
+        return max(1, min(64, 2**20 // self.resolution**2))
+
     def noise_schedule(self) -> DDPMScheduler:
         """The forward process q(x_t | x_0), with `add_noise` and `get_velocity`."""
         return DDPMScheduler.from_config(self.pipe.scheduler.config)
@@ -181,7 +186,8 @@ class Teacher:
         finally:
             self.pipe.unet = own
         # not by the pipeline, which expects an autoencoder in the U-Net's precision
-        return self.pipe.image_processor.postprocess(self.decode_latents(latents), "pil")
+        parts = [self.decode_latents(part) for part in latents.split(self.images_at_once)]
+        return self.pipe.image_processor.postprocess(torch.cat(parts), "pil")
 
 
 def parts_of(pipe: Pipeline) -> dict[str, nn.Module]:

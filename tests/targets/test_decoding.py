@@ -11,7 +11,7 @@ from small_data import BROKEN, jpeg, make_coco, png_of, write
 from torchvision.transforms.v2 import functional as vision
 
 from targets import decoding
-from targets.decoding import CHECK_PIXELS, Photographs, decode, find_unreadable
+from targets.decoding import CHECK_PIXELS, Photographs, decode, find_frame, find_unreadable
 from targets.images import load_target
 
 
@@ -71,6 +71,27 @@ def test_exif_orientation_is_followed(orientation, kind):
     file = encoded(Image.fromarray(stored), kind, exif=exif)
     got = decode(file, 64)[16::32, 16::32]  # a pixel of each quarter
     assert np.abs(got.astype(int) - ORIENTATIONS[orientation](quarters)).max() <= 8
+
+
+@pytest.mark.parametrize("size", [(400, 300), (180, 250), (64, 64), (40, 30), (1600, 900)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_frame_is_where_the_square_was_cut(size, orientation):
+    """A photograph whose pixels say where they are: red grows to the right, green downwards."""
+    width, height = size
+    red, green = np.linspace(0, 255, width), np.linspace(0, 255, height)
+    meant = np.zeros((height, width, 3))
+    meant[..., 0], meant[..., 1] = red[None], green[:, None]
+    back = {1: 0, 3: 2, 6: 1}[orientation]  # quarter turns that the orientation undoes
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.rot90(meant, back).round().astype(np.uint8))
+    file = encoded(stored, "PNG", exif=exif)
+    frame, got = find_frame(file, 64), decode(file, 64).astype(float)
+    assert (frame.height, frame.width) == (height, width)
+    scale = 64 / min(size)
+    assert abs(got[:, 0, 0].mean() / 255 * width * scale - frame.left) <= 1.5
+    assert abs(got[0, :, 1].mean() / 255 * height * scale - frame.top) <= 1.5
+    assert frame.top >= 0 and frame.left >= 0 and min(frame.top, frame.left) == 0
 
 
 def test_transparency_is_put_on_white():
