@@ -20,16 +20,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import tyro
 
 import baselines
 import finetune
 import train
 from common.errors import UserError, command_line
 from common.files import replacing, write_json
+from common.options import read_options
 from common.randomness import batch_rows, step_generator
 from common.ranges import check_ranges
 from common.runs import RUNS, as_json, claim, newest_run, read_run
@@ -72,55 +72,55 @@ SHARED = (  # settings of the comparison that are those of train.py
 class Config:
     """Scoring one run, or, with `--methods`, comparing several methods."""
 
+    HEADINGS: ClassVar = {"run": "scoring a run", "methods": "comparing methods"}
     run: Path | None = None
     """Run folder to score; the newest run if not given."""
     images: int = 250
-    """Images generated of each split's captions (paper: 30,000 for COCO, 14,000 for CC3M)."""
+    """Of each split (paper: 30,000 for COCO, 14,000 for CC3M)."""
+    metrics: str = "embedded"
+    """embedded: EfficientNet-Lite0; paper: FID, CLIP score, CMMD."""
     steps: int = 25
     """Denoising steps (paper: 25)."""
     guidance: float | None = None
-    """Classifier-free guidance; the teacher's own if not given (paper: 7.5)."""
+    """Classifier-free guidance; the teacher's own (paper: 7.5)."""
     seed: int = 0
-    """Seed of the generated images; each image's own seed follows from it."""
+    """Seed that each image's own follows from."""
     batch_size: int = 50
     """Images generated at once."""
-    metrics: str = "embedded"
-    """embedded: distances in EfficientNet-Lite0's features; paper: FID, CLIP score, CMMD."""
-    prompts_file: Path | None = None
-    """With `--metrics paper`: also the PickScore of these prompts, one a line (Table 6)."""
-    dense: bool = True
-    """Score the unpruned teacher on the same captions too."""
-    without_transport: Path | None = None
-    """A run of `train.py --no-transport`, to be shown beside this one (Figs. 8 and 9)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    dense: bool = True
+    """Score the unpruned teacher on the same captions too."""
+    prompts_file: Path | None = None
+    """With --metrics paper: PickScore of these (Table 6)."""
+    without_transport: Path | None = None
+    """A run of train.py --no-transport to show beside (Figs. 8, 9)."""
     methods: str | None = None
-    """Methods to compare, with commas between; see `METHODS`."""
+    """With commas between, such as aptp,norm,sp,uni-arch,dense."""
     seeds: int = 1
     """Runs of each method, seeds 0, 1, ..."""
     target: str = "emoji"
-    """Comparison: captioned images to prune on."""
+    """Captioned images to prune on."""
     teacher: str | None = None
-    """Comparison: the model to prune; by target if not given."""
+    """The model to prune; by target if not given."""
     budget: float = 0.78
-    """Comparison: share of the teacher's MACs."""
+    """Share of the teacher's MACs."""
     num_experts: int = 8
-    """Comparison: experts of APTP and its ablations."""
+    """Experts of APTP and its ablations."""
     data_dir: Path | None = None
-    """Comparison: folder of the target's files, for coco and cc3m."""
+    """Folder of the target's files, for coco and cc3m."""
     limit: int | None = None
-    """Comparison: use only this many training prompts, for a quick trial; all if not given."""
+    """Use only this many training prompts, for a quick trial."""
     warmup_steps: int | None = None
-    """Comparison: of train.py; by target if not given."""
+    """Of train.py; by target if not given."""
     joint_steps: int | None = None
-    """Comparison: of train.py; by target if not given."""
+    """Of train.py; by target if not given."""
     finetune_steps: int | None = None
-    """Comparison: fine-tuning steps of each of APTP's experts; by target if not given."""
+    """Of each of APTP's experts; by target if not given."""
     protocol: str = "both"
-    """Comparison: steps of a method with one expert. expert: as many as one of APTP's (the paper's
-    protocol); all: as many as all of APTP's together; both."""
+    """One expert's steps: as one of APTP's (expert: paper), all, both."""
     out: Path | None = None
-    """Comparison: its folder; runs/compare-<target>-<budget> if not given."""
+    """Folder; runs/compare-<target>-<budget> if not given."""
 
     def sampling(self) -> Sampling:
         return Sampling(self.steps, self.guidance, self.seed, self.batch_size)
@@ -343,7 +343,7 @@ def evaluate(cfg: Config) -> None:
 
 
 def main() -> None:
-    evaluate(tyro.cli(Config, description=__doc__))
+    evaluate(read_options(Config, __doc__))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import tyro
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import trange
@@ -32,6 +31,7 @@ import losses
 from common.checkpoint import Checkpoint
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, remove_leftovers
+from common.options import read_options
 from common.processes import pick_device
 from common.randomness import batch_rows, step_generator
 from common.runs import newest_run, read_run, refuse_other_settings
@@ -237,7 +237,7 @@ def finetune(cfg: Finetuning) -> None:
 
 
 def main() -> None:
-    finetune(tyro.cli(Finetuning, description=__doc__))
+    finetune(read_options(Finetuning, __doc__))
 
 
 if __name__ == "__main__":

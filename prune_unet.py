@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -44,6 +43,7 @@ from torch.utils.hooks import RemovableHandle
 
 from common.errors import UserError, command_line
 from common.files import load_tensors, save_tensors
+from common.options import read_options
 from gates import ArchSpace, Layer, inside, removed_layers
 from macs import skeleton
 
@@ -340,12 +340,9 @@ def load_expert(
 def main() -> None:
     from plan import Table, describe, print_table
 
-    cfg = tyro.cli(Table)
+    cfg = read_options(Table, __doc__)
     found = describe(cfg.unet, cfg.resolution, cfg.text_tokens, cfg.depth)
-    if cfg.json:
-        print(json.dumps(found))
-    else:
-        print_table(found)
+    print(json.dumps(found)) if cfg.json else print_table(found)
 
 
 if __name__ == "__main__":

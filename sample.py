@@ -10,11 +10,10 @@ From Python:
     result = APTPPipeline.from_pretrained("runs/emoji-0.78")(["a giraffe"])
     result.images[0].save("giraffe.png")
 
-A prompt's image depends on the prompt and its seed, and not on the rest of the batch (up to
-rounding).
+A prompt's image depends on the prompt and its seed alone, up to rounding.
 
 Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the
-teacher's own (SD 2.1: 7.5).
+teacher's own (SD 2.1: 7.5, SDXL: 5).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from diffusers import UNet2DConditionModel
@@ -33,6 +32,7 @@ from PIL import Image
 
 from common.errors import UserError, command_line
 from common.files import checksum, fingerprint, load_tensors
+from common.options import read_options
 from common.processes import pick_device
 from common.ranges import check_ranges
 from common.runs import newest_run, read_run
@@ -262,34 +262,35 @@ def comparison(teacher: Sampled, routed: Sampled) -> Figure:
 class Config:
     """Sampling from a pruned model."""
 
+    HEADINGS: ClassVar = {"prompts": "what is sampled", "run": "by which model", "steps": "how"}
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """What to generate."""
     prompts_file: Path | None = None
     """A file of prompts, one a line."""
-    run: Path | None = None
-    """Run folder; the newest run if not given."""
-    out: Path | None = None
-    """Folder for the PNG files; <run>/samples if not given."""
     num_images: int = 1
     """Images a prompt."""
     seed: int = 0
-    """Seed of the first image of each prompt; the next ones count up."""
-    steps: int = 25
-    """Denoising steps (paper: 25)."""
-    guidance: float | None = None
-    """Classifier-free guidance; the teacher's own if not given (paper: 7.5)."""
+    """Seed of each prompt's first image; the next ones count up."""
+    out: Path | None = None
+    """Folder for the PNG files; <run>/samples if not given."""
+    run: Path | None = None
+    """Run folder; the newest run if not given."""
     expert: int | None = None
     """Use this expert, whatever the router says."""
     teacher_only: bool = False
     """Use the unpruned model."""
     compare: bool = False
-    """Also use the unpruned model, and write both side by side to <out>/comparison.png."""
+    """Also use the unpruned model; both in <out>/comparison.png."""
+    steps: int = 25
+    """Denoising steps (paper: 25)."""
+    guidance: float | None = None
+    """Classifier-free guidance; the teacher's own (paper: 7.5)."""
+    resolution: int | None = None
+    """Pixels a side; the teacher's own if not given (paper: 768)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
     """fp32, bf16 or fp16."""
-    resolution: int | None = None
-    """Pixels a side; the teacher's own if not given (paper: 768)."""
 
 
 def file_name(prompt: str, seed: int) -> str:
@@ -342,7 +343,7 @@ def sample(cfg: Config) -> Sampled:
 
 
 def main() -> None:
-    sample(tyro.cli(Config, description=__doc__))
+    sample(read_options(Config, __doc__))
 
 
 if __name__ == "__main__":

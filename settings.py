@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import tyro
+from typing import Any, ClassVar
 
 from common.errors import UserError
 from common.files import check_writable
 from common.hub import PAPER_ENCODER, SDXL_BASE, STABLE_DIFFUSION
+from common.options import read_options
 from common.ranges import check_ranges
 from common.runs import RUNS
 from gates import DEPTH_MODES
@@ -25,130 +24,128 @@ from teacher.model import PRECISIONS
 
 @dataclass(frozen=True)
 class Pruning:
-    """The pruning stage. Fields that say "by target" are filled in from `PRUNING`."""
+    """Pruning. Fields that say "by target" are filled in from `settings.PRUNING`."""
 
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "target": "what is pruned (--preset coco-base|coco-small|cc3m-base|cc3m-small|coco-sdxl)",
+        "warmup_steps": "steps and rates (App. E.2)",
+        "distill": "losses (Eqs. 12-15, 25-29)",
+        "transport": "transport (Eqs. 5-7)",
+        "as_printed": "other departures from the paper (docs/departures.md)",
+        "device": "the machine",
+    }
     target: str = "emoji"
-    """Captioned images to prune on: emoji, coco, cc3m, or a folder with metadata.jsonl."""
+    """emoji, coco, cc3m, or a folder with metadata.jsonl."""
     teacher: str | None = None
-    """The model to prune; by target (emoji: pocket, others: the hub's copy of SD 2.1).
-
-    `pocket`, a folder in the diffusers pipeline layout (Stable Diffusion 1.x, 2.x, SDXL), a hub id,
-    or a published shape with random weights such as sd21-random and sdxl-random.
-    """
+    """pocket, a folder in the diffusers layout (SD 1.x, 2.x, SDXL), a hub id, or
+    random weights: sd21-random, sdxl-random; by target (emoji: pocket, others: SD 2.1)."""
     budget: float = 0.78
-    """T_d.
-
-    Mean MACs of the experts over the training prompts, as a share of the teacher's (paper: 0.64 to
-    0.85).
-    """
+    """T_d: the experts' mean share of the MACs (paper: 0.64 to 0.85)."""
     num_experts: int = 8
     """N, the number of architecture codes (paper: 8 or 16)."""
     data_dir: Path | None = None
     """Folder of the target's files, for coco and cc3m."""
     prompt_encoder: str | None = None
     """f_PE; by target (emoji: minilm, paper: all-mpnet-base-v2)."""
-    resolution: int | None = None
-    """Pixels a side while pruning; the teacher's own, at most 256, if not given (paper: 256)."""
-    warmup_steps: int | None = None
-    """Steps in which only the predictor is trained; by target (paper: 500)."""
-    joint_steps: int | None = None
-    """Steps in which predictor and codes are trained; by target (paper: 2500)."""
-    batch_size: int | None = None
-    """Prompts a step; by target (paper: 1024)."""
-    transport_rows: int = 1024
-    """Prompts among which the transport balances a batch: its own and others (paper: the 1024 of
-    its batch). 0: the batch alone."""
-    micro_batch: int | None = None
-    """Prompts that go through the U-Net at once; by target (emoji: all, paper: 64)."""
-    lr: float | None = None
-    """AdamW's learning rate of predictor and codes; by target (paper: 2e-4)."""
-    lr_warmup: int | None = None
-    """Steps of linear learning-rate warm-up; by target (paper: 100)."""
-    lr_decay: float = 0.5
-    """Share of the steps, at the end, in which the rate falls linearly to 0 (paper: constant)."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay of predictor and codes (paper: not said; PyTorch's default is 0.01)."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one, which guidance asks the experts about (paper:
-    not said; official code: 0)."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: str = "fp32"
-    """Of the frozen teacher: fp32, bf16 or fp16. The router is fp32 always."""
-    checkpointing: bool = False
-    """Gradient checkpointing: less memory for one more forward a step."""
-    cache_latents: bool = False
-    """Keep a large target's latents on disk; small ones are encoded once and held in memory."""
+    depth: str = "paper"
+    """Layers that may be removed whole: paper, all or none."""
     out: Path | None = None
     """Run folder; runs/<target>-<budget> if not given."""
+    limit: int | None = None
+    """Use only this many training prompts, for a quick trial."""
+    dry_run: bool = False
+    """Print what the run takes and stop; no weights or data needed."""
+    warmup_steps: int | None = None
+    """Steps of the predictor alone; by target (paper: 500)."""
+    joint_steps: int | None = None
+    """Steps of predictor and codes; by target (paper: 2500)."""
+    batch_size: int | None = None
+    """Prompts a step; by target (paper: 1024)."""
+    lr: float | None = None
+    """AdamW's learning rate; by target (paper: 2e-4)."""
+    lr_warmup: int | None = None
+    """Steps in which it rises; by target (paper: 100)."""
+    lr_decay: float = 0.5
+    """Last share of the steps, in which it falls (paper: constant)."""
+    predictor_rate: float = 0.05
+    """Rate of the predictor's weights, relative to --lr (paper: 1)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay (paper: not said; PyTorch's is 0.01)."""
+    caption_dropout: float = 0.1
+    """Share of captions made empty, for guidance (paper: not said)."""
+    seed: int = 0
+    """Seed of everything random."""
+    distill: bool = True
+    """Distil while pruning; no: Table 3's third row."""
     lambda_distill: float = 1.0
-    """Weight of distillation in Eq. 15 (paper: 0.2)."""
+    """Weight of distillation, Eq. 15 (paper: 0.2)."""
     block_weight: float = 0.2
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
+    normalise_blocks: bool = True
+    """Blocks' errors relative to the teacher's; no: Eq. 28 (paper)."""
     lambda_res: float = 2.0
-    """Weight of the resource loss with --no-hold-budget (paper: 2.0)."""
+    """Weight of the resource loss if --no-hold-budget (paper: 2.0)."""
     lambda_cont: float = 100.0
     """Weight of the contrastive loss (paper: 100)."""
-    gumbel_temp: float = 0.4
-    """gamma, temperature of the Gumbel-sigmoid (paper: 0.4)."""
     contrast_temp: float = 0.03
-    """tau, temperature of the contrastive similarities (paper: 0.03)."""
-    eps: float = 0.05
-    """Entropy weight of the transport (paper: 0.05)."""
-    sinkhorn_iterations: int = 3
-    """Iterations of the transport (paper: 3)."""
+    """tau, temperature of the similarities, Eq. 14 (paper: 0.03)."""
+    gumbel_temp: float = 0.4
+    """gamma, temperature of the gates, Eqs. 9 and 12 (paper: 0.4)."""
     transport: bool = True
-    """Assign training prompts by optimal transport; without it and without distillation it is Table
-    3's second row."""
-    distill: bool = True
-    """Distil from the teacher while pruning; --no-distill is Table 3's third row."""
+    """Assign by transport; no, and no distill: Table 3's second row."""
+    eps: float = 0.05
+    """epsilon, its entropy weight (paper: 0.05)."""
+    sinkhorn_iterations: int = 3
+    """Its iterations (paper: 3)."""
+    transport_rows: int = 1024
+    """Prompts it balances; 0: the batch (paper: its batch of 1024)."""
     as_printed: bool = False
-    """All departures from the paper off at once, those below and the two shares above: no other
-    flag of theirs counts."""
+    """All departures off; their other flags do not count."""
     hold_budget: bool = True
-    """Hold T(A) at T_d in every step, lambda_res being its Lagrange multiplier; otherwise it is a
-    constant weight (paper: constant)."""
+    """Hold T(A) at T_d in every step; no: constant lambda_res (paper)."""
     importance_start: bool = True
-    """Logits start at the units' Taylor importance; otherwise all at --open-logit."""
+    """Logits start at the Taylor importance; no: at --open-logit."""
     open_logit: float = 2.0
     """Where logits start without importance (paper: not said)."""
     shared: bool = True
-    """A code is a part that all share plus its own difference; otherwise codes are separate."""
+    """A code is a shared part and its own; no: separate codes (paper)."""
     by_content: bool = True
-    """Route by what an image's captions have in common; otherwise wording counts (paper: counts).
-    """
+    """Route by what captions have in common; no: by z (paper)."""
     own_keys: bool = True
-    """Routing is settled when the codes start: it compares with the codes as they were then, and
-    the predictor's weights stay. Otherwise all are trained on (paper: trained on)."""
-    predictor_rate: float = 0.05
-    """Learning rate of the predictor's weights, relative to --lr (paper: 1)."""
+    """Routing is settled when codes start; no: trained on (paper)."""
     center: bool = True
-    """Route by centred vectors; otherwise by raw ones (paper: raw)."""
+    """Compare centred vectors; no: raw ones (paper)."""
     sample_noise: bool = True
-    """Gumbel noise of gates for each sample; otherwise for each code (paper: not said)."""
+    """Noise of gates by sample; no: by code (paper: not said)."""
     common_noise: bool = True
-    """One Gumbel noise for a batch in the contrastive loss; otherwise one for each prompt."""
-    normalise_blocks: bool = True
-    """Block distillation relative to the teacher's block, averaged; otherwise a plain sum (paper:
-    sum)."""
-    depth: str = "paper"
-    """Which layers may be removed: paper, all or none."""
-    limit: int | None = None
-    """Use only this many training prompts, for a quick trial; all if not given."""
+    """One noise for a batch in Eq. 12; no: one for each prompt."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: str = "fp32"
+    """Of the frozen teacher: fp32, bf16, fp16; the router's is fp32."""
+    resolution: int | None = None
+    """Pixels while pruning; the teacher's, at most 256 (paper: 256)."""
+    micro_batch: int | None = None
+    """Prompts in the U-Net at once; by target (emoji: all, paper: 64)."""
+    checkpointing: bool = False
+    """Less memory for one more forward a step."""
+    cache_latents: bool = False
+    """Keep a large target's latents on disk."""
     save_every: int = 20
     """Steps between checkpoints."""
-    dry_run: bool = False
-    """Print the plan (MACs, memory, hours, disk) and stop; needs no weights and no data."""
     tflops: float = 125.0
-    """Sustained TFLOP/s that the plan's hours are for (an A100 in bf16: about 125)."""
+    """TFLOP/s that --dry-run reckons with (A100, bf16: about 125)."""
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """The fine-tuning stage. Fields that say "by target" are filled in from `FINETUNING`."""
+    """Fine-tuning. Fields that say "by target" are filled in from `settings.FINETUNING`."""
 
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "run": "what is fine-tuned",
+        "steps": "training (Eq. 30, App. E.2)",
+        "device": "the machine",
+    }
     run: Path | None = None
     """Run folder; the newest run if not given."""
     expert: int | None = None
@@ -157,29 +154,28 @@ class Finetuning:
     """Steps an expert; by target (emoji: 100, paper: 30000)."""
     batch_size: int | None = None
     """Images a step; by target (emoji: 32, paper: 128)."""
-    micro_batch: int | None = None
-    """Images that go through the U-Nets at once; by target (emoji: all, others: 32)."""
     lr: float | None = None
     """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
     alpha_ddpm: float = 1e-4
-    """Weight of the denoising loss in Eq. 30 (paper: 1e-4)."""
+    """Weight of the denoising loss (paper: 1e-4)."""
     alpha_distill: float = 1.0
     """Weight of distillation (paper: 1.0)."""
     block_weight: float = 1.0
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one."""
     normalise_blocks: bool = True
-    """Block distillation relative to the teacher's block, averaged; otherwise a plain sum (paper:
-    sum)."""
+    """Blocks' errors relative to the teacher's; no: Eq. 28 (paper)."""
+    caption_dropout: float = 0.1
+    """Share of captions made empty, for guidance (paper: not said)."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
-    """fp32, bf16 or fp16: of the teacher, and of the expert's products; its weights are fp32."""
+    """Of the products: fp32, bf16, fp16; an expert's weights are fp32."""
+    micro_batch: int | None = None
+    """Images in the U-Nets at once; by target (emoji: all, else: 32)."""
     checkpointing: bool = False
-    """Gradient checkpointing: less memory for one more forward a step."""
+    """Less memory for one more forward a step."""
     save_every: int = 50
     """Steps between checkpoints."""
 
@@ -328,4 +324,4 @@ def read_pruning(arguments: list[str], description: str | None) -> Pruning:
     if preset.preset not in (None, *PRESETS):
         raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
     start = Pruning(**PRESETS.get(preset.preset, {}))
-    return tyro.cli(Pruning, args=rest, default=start, description=description)
+    return read_options(Pruning, description, rest, start)

@@ -1,1 +1,1 @@
-"""Sources of the documentation: README's table of equations (`python -m docs.equations`)."""
+"""Sources of the documentation and of its site (`python -m docs.site`)."""

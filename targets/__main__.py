@@ -1,8 +1,10 @@
 """Describes a target, or fetches its official files.
 
-python -m targets coco --data-dir D               # what is there, and whether it can be read
-python -m targets coco --data-dir D --verify      # checks every image again
-python -m targets coco --data-dir D --download    # fetches the official archives, or goes on
+    python -m targets coco --data-dir D               # what is there, and whether it can be read
+    python -m targets coco --data-dir D --verify      # checks every image again
+    python -m targets coco --data-dir D --download    # fetches the official archives, or goes on
+
+`targets/layouts.py` says what a folder of your own looks like.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import tyro
 
 from common.errors import UserError, command_line
+from common.options import read_options
 from targets.decoding import forget_checks
 from targets.download import FILES, download
 from targets.images import CaptionedImages, check_target, drop_unreadable, find_target, spread
@@ -47,7 +50,7 @@ def describe(data: CaptionedImages, split: str, verify: bool) -> None:
 
 
 def main() -> None:
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_options(Config, __doc__)
     check_target(cfg.target)
     if cfg.download:
         if cfg.target not in FILES or cfg.data_dir is None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from common.errors import UserError, command_line
 from common.files import fingerprint, read_json, write_json
+from common.options import read_options
 from common.processes import pick_device
 from common.ranges import check_ranges
 from common.runs import RUNS
@@ -326,7 +326,7 @@ def rounded(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    for name, value in rounded(measure(tyro.cli(Config, description=__doc__))).items():
+    for name, value in rounded(measure(read_options(Config, __doc__))).items():
         print(f"{name}: {value}")
 
 

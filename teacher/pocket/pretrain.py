@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from diffusers import PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from tqdm import trange
 
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, read_json, write_json
+from common.options import read_options
 from common.randomness import batch_rows, step_generator
 from common.runs import as_json
 from targets.emoji import captions_of, keyword_captions, split_drawings
@@ -338,7 +338,7 @@ def pretrain(cfg: Config) -> None:
 
 
 def main() -> None:
-    pretrain(tyro.cli(Config, description=__doc__))
+    pretrain(read_options(Config, __doc__))
 
 
 if __name__ == "__main__":
