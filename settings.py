@@ -185,7 +185,7 @@ PRUNING: dict[str, dict[str, Any]] = {
         "teacher": "pocket",
         "prompt_encoder": "minilm",
         "warmup_steps": 20,
-        "joint_steps": 120,
+        "joint_steps": 80,
         "batch_size": 64,
         "lr": 0.1,
         "lr_warmup": 10,
