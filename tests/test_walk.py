@@ -1,5 +1,6 @@
 """The way of a user with COCO and a teacher of their own, command by command, on small data."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from small_data import write
+from small_pipelines import write_pipeline
 
 from common.files import read_json
+from settings import PRUNING
 from targets.images import load_target
 from teacher.model import load_teacher
 
@@ -55,7 +58,8 @@ def place(tmp_path_factory):
     small_coco(folder / "coco")
     for split in ("train", "validation"):  # checks the images, so that no command shows that bar
         load_target("coco", split, data_dir=folder / "coco")
-    load_teacher("pocket").pipe.save_pretrained(folder / "teacher")
+    load_teacher("pocket").pipe.save_pretrained(folder / "sd")
+    write_pipeline(folder / "sdxl", "sdxl")
     return folder
 
 
@@ -64,9 +68,10 @@ def command(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-def test_prune_finetune_draw_and_score_on_coco(place):
-    run = place / "run"
-    where = ("--data-dir", place / "coco", "--teacher", place / "teacher", "--device", "cpu")
+@pytest.mark.parametrize(("teacher", "pixels"), [("sd", 64), ("sdxl", 16)])
+def test_prune_finetune_draw_and_score_on_coco(place, teacher, pixels):
+    run = place / f"run-{teacher}"
+    where = ("--data-dir", place / "coco", "--teacher", place / teacher, "--device", "cpu")
     short = [f"--{name}={value}" for name, value in SHORT.items()]
     steps = (
         ("train.py", "--target", "coco", "--budget", 0.78, *where, *short, "--out", run),
@@ -80,13 +85,16 @@ def test_prune_finetune_draw_and_score_on_coco(place):
         assert done.returncode == 0, done.stderr[-2000:]
         outputs[step[0]] = done.stdout + done.stderr
     summary = read_json(run / "summary.json")
-    assert summary["target"] == "coco" and summary["teacher"] == str(place / "teacher")
+    assert summary["target"] == "coco" and summary["teacher"] == str(place / teacher)
     assert 0.78 * 0.99 <= summary["macs_ratio_mean"] <= 0.78 + 1e-6
+    with (run / "metrics.csv").open() as file:  # the soft gates', in every step
+        ratios = [float(row["macs_ratio"]) for row in csv.DictReader(file)]
+    assert ratios == pytest.approx([0.78] * 3, rel=0.01)
     # 10 images of two captions; the missing one and the damaged one have no rows
     assert len(read_json(run / "assignments.json")["train"]) == 16
     assert "1 unreadable image skipped" in outputs["train.py"]
     with Image.open(run / "samples" / "a-giraffe-0.png") as image:
-        assert image.size == (64, 64)
+        assert image.size == (pixels, pixels)
     rows = read_json(run / "report" / "metrics.json")["rows"]
     scores = {(row["method"], row["split"]): row for row in rows}
     assert scores["aptp", "validation"]["frechet"] > 0 and "r1" not in scores["aptp", "validation"]
@@ -117,6 +125,18 @@ def test_what_is_missing_is_said_in_one_line(place, arguments, words):
 def test_the_plan_of_a_preset_needs_neither_weights_nor_data(place):
     done = command(place, "train.py", "--preset", "coco-base", "--dry-run")
     assert done.returncode == 0, done.stderr
-    # 3 forwards x 1024 images x 3000 steps x 90.55 GMACs x 2 / 125 TFLOP/s, and so on
-    assert "834.5 P in all" in done.stdout and "3.7 hours" in done.stdout
+    # 3 forwards x 1024 images x steps x 90.55 GMACs, and 2 x that / 125 TFLOP/s
+    steps = PRUNING["paper"]["warmup_steps"] + PRUNING["paper"]["joint_steps"]
+    macs = 3 * 1024 * steps * 90.552e9
+    assert f"{macs / 1e15:.1f} P in all" in done.stdout
+    assert f"{2 * macs / 125e12 / 3600:.1f} hours" in done.stdout
     assert "41.3 hours" in done.stdout and "8 experts" in done.stdout
+    done = command(place, "train.py", "--preset", "coco-base", "--dry-run", "--as-printed")
+    assert "500 + 2500 steps" in done.stdout and "834.5 P in all" in done.stdout
+
+
+def test_the_plan_of_sdxl_counts_the_budget_at_its_own_size(place):
+    done = command(place, "train.py", "--preset", "coco-sdxl", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "2567.5 M parameters" in done.stdout and "untested at full size" in done.stdout
+    assert "G MACs at 1024 px" in done.stdout and "steps at 512 px" in done.stdout
