@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError, command_line
-from common.files import checksum, fingerprint, load_tensors
+from common.files import check_writable, checksum, fingerprint, load_tensors
 from common.options import read_options
 from common.processes import pick_device
 from common.ranges import check_ranges
@@ -312,9 +312,9 @@ def sample(cfg: Config) -> Sampled:
     if cfg.expert is not None and cfg.teacher_only:
         raise UserError("--expert and --teacher-only exclude each other; give one of them")
     run = cfg.run or newest_run()
-    pipeline = APTPPipeline.from_pretrained(
-        run, cfg.device, precision=cfg.precision, resolution=cfg.resolution
-    )
+    check_writable(out := cfg.out or run / "samples")
+    where: dict[str, Any] = {"precision": cfg.precision, "resolution": cfg.resolution}
+    pipeline = APTPPipeline.from_pretrained(run, cfg.device, **where)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     options: dict[str, Any] = {
@@ -323,7 +323,6 @@ def sample(cfg: Config) -> Sampled:
         "guidance_scale": cfg.guidance,
     }
     sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
-    out = cfg.out or run / "samples"
     for (prompt, seed), image, expert, ratio, seconds in zip(
         rows, sampled.images, sampled.experts, sampled.macs_ratios, sampled.seconds, strict=True
     ):

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError, command_line
-from common.files import fingerprint, read_json, write_json
+from common.files import check_writable, fingerprint, read_json, write_json
 from common.options import read_options
 from common.processes import pick_device
 from common.ranges import check_ranges
@@ -263,6 +263,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     check_ranges(cfg)
     if not cfg.guidances:
         raise UserError("--guidances is empty; give at least one scale, such as 3")
+    for folder in (cfg.out, cfg.assets):
+        check_writable(folder)
     teacher = load_teacher("pocket", pick_device(cfg.device), pocket=cfg.assets)
     train, validation = (load_target("emoji", split) for split in ("train", "validation"))
     scoring = Scoring(cfg, teacher)

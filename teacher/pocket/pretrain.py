@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, read_json, write_json
+from common.files import MetricsLog, check_writable, load_tensors, read_json, write_json
 from common.options import read_options
 from common.randomness import batch_rows, step_generator
+from common.ranges import check_ranges
 from common.runs import as_json
 from targets.emoji import captions_of, keyword_captions, split_drawings
 from targets.images import CaptionedImages, load_target
@@ -121,7 +122,10 @@ class Config(autoencoder.Config):
 
 
 def check(cfg: Config) -> None:
-    """Raises `UserError` where there is nothing to start from, or to export."""
+    """Raises `UserError` where there is nothing to start from, to export, or no place for it."""
+    check_ranges(cfg)
+    for folder in (cfg.out, cfg.assets):
+        check_writable(folder)
     if cfg.initial is not None and not (cfg.initial / RECORD).exists():
         raise UserError(
             f"--initial {cfg.initial} is no teacher that pre-training wrote: it holds no "
