@@ -21,7 +21,7 @@ from settings import Finetuning, Pruning
 from teacher.blocks import BlockRecorder
 from teacher.model import Noised
 
-pytestmark = pytest.mark.parametrize("unet", ["sd2"], indirect=True)
+pytestmark = pytest.mark.parametrize("unet", ["sd2", "sdxl"], indirect=True)
 B, N, DZ = 7, 3, 12
 # Rounding to bfloat16 is off by up to 2^-8, to float16 by 2^-11, and by less than half of that on
 # average. Some 30 roundings in a row, as good as independent, come to five times as much: 1 % and
