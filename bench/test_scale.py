@@ -64,8 +64,8 @@ assert meta["code"] == code.int().tolist()
 """
 
 
-def measured(arguments: list[str]) -> dict[str, float]:
-    """Run Python with these arguments: seconds, and peak memory in bytes."""
+def measured(what: str, arguments: list[str]) -> dict[str, float]:
+    """Run Python with these arguments: seconds, and peak memory in bytes; said at once."""
     clock = time.time()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment)
@@ -73,7 +73,9 @@ def measured(arguments: list[str]) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, arguments
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": time.time() - clock, "peak": unit * usage.ru_maxrss}
+    used = {"seconds": time.time() - clock, "peak": unit * usage.ru_maxrss}
+    print(f"{what}: {used['seconds']:.0f} s, peak memory {used['peak'] / 1e9:.2f} GB", flush=True)
+    return used
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,11 +96,9 @@ def test_pruning_at_the_true_shape(benchmark, request, tmp_path, shape):
         "two denoising steps": [*sample, same, f"--run={run}", f"--out={drawn}"],
     }
     found = benchmark.pedantic(
-        lambda: {what: measured(arguments) for what, arguments in commands.items()}, rounds=1
+        lambda: {what: measured(what, arguments) for what, arguments in commands.items()}, rounds=1
     )
     benchmark.extra_info.update(found)
-    for what, used in found.items():
-        print(f"{what}: {used['seconds']:.0f} s, peak memory {used['peak'] / 1e9:.2f} GB")
     steps = 3 if shape == "sd21" else 2
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + steps
     summary = read_json(run / "summary.json")
