@@ -48,7 +48,7 @@ from evaluation.scores import SUITES, Reconstructed, Subset, in_common
 from evaluation.tables import aggregate, markdown, write_tables
 from finetune import load_codes
 from macs import retained
-from problem import load_split, output_distances, prepare, write_results
+from problem import load_split, prepare, write_results
 from sample import APTPPipeline, read_prompts
 from settings import FREE, Finetuning, Pruning, resolve, resolve_finetuning
 from targets.images import spread
@@ -117,7 +117,7 @@ class Config:
     """Of train.py; by target if not given."""
     finetune_steps: int | None = None
     """Of each of APTP's experts; by target if not given."""
-    protocol: str = "both"
+    protocol: str = "all"
     """One expert's steps: as one of APTP's (expert: paper), all, both."""
     out: Path | None = None
     """Folder; runs/compare-<target>-<budget> if not given."""
@@ -159,11 +159,11 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     common, routed, samples = [], {}, []
     for split in ("train", "validation"):
-        data = load_split(settings, split, pipeline.teacher.resolution)
+        data = load_split(settings, assigned, split, pipeline.teacher.resolution)
         rows = spread(len(data), cfg.images)
         real = Subset(data, rows)
         chosen = torch.tensor(assigned[split])
-        distances = output_distances(pipeline.teacher, data, codes, chosen, macs)
+        distances = baselines.output_distances(pipeline.teacher, data, codes, chosen, macs)
         made = generated(pipeline, method, data.captions, split, rows, cfg)
         for name, images in made.items():
             who = {"method": name, "split": split} | images.costs(pipeline.ratios)

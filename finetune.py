@@ -211,7 +211,7 @@ def finetune(cfg: Finetuning) -> None:
     )
     space = ArchSpace.from_unet(teacher.unet, settings["depth"])
     codes = load_codes(run, space)
-    data = load_split(settings, "train", teacher.resolution)
+    data = load_split(settings, assigned, "train", teacher.resolution)
     assignment = torch.tensor(assigned["train"])
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.empty_conditions().to("cpu")

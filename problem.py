@@ -8,6 +8,7 @@ folder: each prompt's expert, binary codes that meet the budget, and a summary.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import losses
+from common.errors import UserError
 from common.files import save_tensors, write_json
 from common.processes import add_up, own_rows, pick_device, rank, start_processes
 from common.randomness import batch_rows, step_generator
@@ -27,16 +29,16 @@ from prune_unet import attach_gates, cut_in_place
 from router import PromptEncoder, PromptRouter, content_map
 from settings import PAPER_PIXELS, Pruning
 from targets.emoji import EMOJI_SIZE
-from targets.images import CaptionedImages, load_target, spread
+from targets.images import CaptionedImages, load_target
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 TAYLOR_BATCHES = 16  # that importance is taken over
 INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
 LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
-DISTANCE_ROWS = 512
 WORDINGS_OF = 300  # images whose captions tell content from wording
 START_SPREAD, START_LIMIT = 1.5, 4.0  # of logits that start at the importance
+START_BATCHES, RIDGE, LIMIT = 32, 3.0, 5.0  # of the regression that the predictor starts at
 
 
 @dataclass(frozen=True)
@@ -143,31 +145,22 @@ def prepare(cfg: Pruning) -> Problem:
     )
 
 
-def taylor_importance(
-    problem: Problem, clusters: Tensor | None = None, batches: int | None = None
-) -> Tensor:
-    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (K, D).
+def gate_gradients(problem: Problem, batches: int) -> Iterator[tuple[Tensor, ...]]:
+    """|dL/da| at open gates, L the denoising loss, of this process's samples of some batches.
 
-    L is the denoising loss: to first order, and but for the sign, what it changes by as the unit is
-    removed. Intervals where it is below `LEAST_LOSS` of the highest do not count.
+    To first order, and but for the sign, what L changes by as a unit is removed.
 
-    Args:
-        clusters: a number below K for each training row, (rows,), to tell rows apart; one cluster
-            if absent.
-        batches: training batches to look at; `TAYLOR_BATCHES` if absent.
+    Yields:
+        Of a micro-batch the row numbers, (b,), the intervals of the schedule that the timesteps lie
+        in, (b,), L, (b,), and |dL/da|, (b, D), on the CPU.
     """
     cfg, teacher, D = problem.cfg, problem.teacher, problem.space.size
     assert cfg.batch_size
-    if clusters is None:
-        clusters = torch.zeros(len(problem.z), dtype=torch.long)
-    K = int(clusters.max()) + 1
     timesteps = teacher.noise_schedule().config.num_train_timesteps
-    loss, count = torch.zeros(INTERVALS), torch.zeros(K * INTERVALS)
-    change = torch.zeros(K * INTERVALS, D)
     own = own_rows(cfg.batch_size)
     gates = attach_gates(teacher.unet, problem.space)
     try:
-        bar = range(batches or TAYLOR_BATCHES)
+        bar = range(batches)
         for step in tqdm(bar, desc="Taylor importance", unit="batch", disable=rank() > 0):
             rows = batch_rows(len(problem.z), cfg.batch_size, cfg.seed, step)[own]
             batch = problem.noised(rows, step_generator(cfg.seed, "taylor", step), own)
@@ -176,21 +169,73 @@ def taylor_importance(
                 a = torch.ones(len(places), D, device=teacher.device, requires_grad=True)
                 gates.set_gates(a)
                 output = teacher.unet(**part.inputs()).sample
-                per_sample = losses.denoising_loss(output, part.target)  # (b,)
-                (gradient,) = torch.autograd.grad(per_sample.sum(), a)  # (b, D), a row a sample
-                interval = (part.t * INTERVALS // timesteps).cpu()
-                loss.index_add_(0, interval, per_sample.detach().cpu())
-                cell = clusters[rows[places]] * INTERVALS + interval
-                change.index_add_(0, cell, gradient.abs().cpu())
-                count += torch.bincount(cell, minlength=K * INTERVALS)
+                loss = losses.denoising_loss(output, part.target)  # (b,)
+                (gradient,) = torch.autograd.grad(loss.sum(), a)  # (b, D), a row a sample
+                interval = part.t * INTERVALS // timesteps
+                yield rows[places], interval.cpu(), loss.detach().cpu(), gradient.abs().cpu()
     finally:
         gates.detach()
-    sums = [tensor.to(teacher.device) for tensor in (loss, count, change)]
-    add_up(*sums)
-    loss, count, change = (tensor.cpu() for tensor in sums)
+
+
+def summed(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors' sums over the processes, on the CPU."""
+    moved = [tensor.to(device) for tensor in tensors]
+    add_up(*moved)
+    return [tensor.cpu() for tensor in moved]
+
+
+def taylor_importance(
+    problem: Problem, clusters: Tensor | None = None, batches: int | None = None
+) -> Tensor:
+    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (K, D).
+
+    Intervals where the denoising loss L is below `LEAST_LOSS` of the highest do not count.
+
+    Args:
+        clusters: a number below K for each training row, (rows,), to tell rows apart; one cluster
+            if absent.
+        batches: training batches to look at; `TAYLOR_BATCHES` if absent.
+    """
+    if clusters is None:
+        clusters = torch.zeros(len(problem.z), dtype=torch.long)
+    K, D = int(clusters.max()) + 1, problem.space.size
+    loss, count = torch.zeros(INTERVALS), torch.zeros(K * INTERVALS)
+    change = torch.zeros(K * INTERVALS, D)
+    for rows, interval, sample_loss, gradient in gate_gradients(problem, batches or TAYLOR_BATCHES):
+        loss.index_add_(0, interval, sample_loss)
+        cell = clusters[rows] * INTERVALS + interval
+        change.index_add_(0, cell, gradient)
+        count += torch.bincount(cell, minlength=K * INTERVALS)
+    loss, count, change = summed(problem.teacher.device, loss, count, change)
     mean_loss = loss / count.view(K, INTERVALS).sum(0).clamp(min=1)  # (INTERVALS,)
     counts = mean_loss > LEAST_LOSS * mean_loss.max()
     return (change / count.clamp(min=1)[:, None]).view(K, INTERVALS, D)[:, counts].sum(1)
+
+
+def importance_start(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Where the architecture predictor starts: b, (D,), and W, (D, dz), so that e is importance.
+
+    b is the logarithm of the mean importance, standardised and limited. W is a ridge regression of
+    what a unit's importance to a sample is, relative to its mean at such timesteps, on the sample's
+    prompt: C (z - mean z).
+    """
+    found = gate_gradients(problem, START_BATCHES)
+    rows, interval, loss, gradient = (torch.cat(part) for part in zip(*found, strict=True))
+    device = problem.teacher.device
+    sums = torch.zeros(INTERVALS, gradient.shape[1]).index_add_(0, interval, gradient)
+    loss_sums = torch.zeros(INTERVALS).index_add_(0, interval, loss)
+    counts = torch.bincount(interval, minlength=INTERVALS).float()
+    sums, loss_sums, counts = summed(device, sums, loss_sums, counts)
+    mean = sums / counts.clamp(min=1)[:, None]  # (INTERVALS, D)
+    mean_loss = loss_sums / counts.clamp(min=1)
+    scores = mean[mean_loss > LEAST_LOSS * mean_loss.max()].sum(0)  # (D,)
+    relative = (gradient / mean[interval].clamp(min=1e-12)).clamp(max=LIMIT) - 1  # (n, D)
+    x = (problem.z[rows] - problem.z.mean(0)) @ problem.content.T  # (n, dz)
+    xx, xy, sum_x, sum_y = summed(device, x.T @ x, x.T @ relative, x.sum(0), relative.sum(0))
+    xy = xy - sum_x[:, None] * sum_y / counts.sum()
+    W = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx)), xy).T  # (D, dz)
+    scale = START_SPREAD / scores.clamp(min=1e-12).log().std().clamp(min=1e-6)
+    return importance_logits(scores), scale * W
 
 
 def importance_logits(scores: Tensor) -> Tensor:
@@ -200,56 +245,17 @@ def importance_logits(scores: Tensor) -> Tensor:
     return logits.clamp(-START_LIMIT, START_LIMIT)
 
 
-@torch.no_grad()
-def output_distances(
-    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Tensor, macs: MacsModel
-) -> dict[str, float]:
-    """Mean squared distance to the teacher's output, before any fine-tuning, over some rows.
-
-    `distance` is that of each prompt's own expert. Its controls: `distance_exchanged`, of the next
-    expert instead; `distance_static`, of one code for all, made of the codes' mean.
-
-    Args:
-        data: a split; `DISTANCE_ROWS` of its rows, spread evenly, are used.
-        codes: binary codes, (N, D).
-        experts: expert of each row of the split, (rows,).
-    """
-    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))
-    encoded = encode_target(teacher, data.take(rows.tolist()))
-    N, own = len(codes), experts[rows]
-    shares = torch.bincount(own, minlength=N).double() / len(own)
-    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()
-    budget = (shares @ macs(codes)).item() / macs.dense
-    found = {"distance": codes[own]}
-    if N > 1:
-        static = meet_budget(mean, torch.ones(1), macs, budget)
-        found["distance_exchanged"] = codes[(own + 1) % N]
-        found["distance_static"] = static[torch.zeros_like(own)]
-    totals, gates = dict.fromkeys(found, 0.0), attach_gates(teacher.unet, macs.space)
-    try:
-        parts = torch.arange(len(rows)).split(64)
-        for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
-            generator = step_generator(0, "distance", step)
-            inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
-            gates.set_gates(None)
-            expected = teacher.unet(**inputs).sample
-            for name, gated in found.items():
-                gates.set_gates(gated[part].to(teacher.device))
-                output = teacher.unet(**inputs).sample
-                totals[name] += losses.output_distillation_loss(output, expected).sum().item()
-    finally:
-        gates.detach()
-    return {name: total / len(rows) for name, total in totals.items()}
-
-
-def load_split(settings: dict[str, Any], split: str, resolution: int) -> CaptionedImages:
-    """A split of the target that a run was trained on.
+def load_split(
+    settings: dict[str, Any], assigned: dict[str, list[int]], split: str, resolution: int
+) -> CaptionedImages:
+    """A split of a run's target. Raises `UserError` where its rows have changed since the run.
 
     Args:
         settings: the run's config.json.
+        assigned: the run's assignments.json.
         resolution: pixels a side.
     """
-    return load_target(
+    data = load_target(
         settings["target"],
         split,
         seed=settings["seed"],
@@ -257,6 +263,12 @@ def load_split(settings: dict[str, Any], split: str, resolution: int) -> Caption
         data_dir=settings["data_dir"] and Path(settings["data_dir"]),
         resolution=resolution,
     )
+    if len(data) != len(assigned[split]):
+        raise UserError(
+            f"{data.report()}; the run's assignments have {len(assigned[split]):,} rows of "
+            f"{split}: give its images back as they were, or prune again with train.py"
+        )
+    return data
 
 
 def write_results(

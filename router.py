@@ -176,9 +176,11 @@ class PromptRouter(nn.Module):
         return self.predictor((z - self.mean_z) @ self.content.T)
 
     @torch.no_grad()
-    def start(self, logits: Tensor) -> None:
-        """Let b, and with it every e and code, start at `logits`, (D,)."""
+    def start(self, logits: Tensor, weight: Tensor | None = None) -> None:
+        """Let b, and with it every e and code, start at `logits`, (D,), and W at `weight`."""
         self.predictor.bias.copy_(logits)
+        if weight is not None:
+            self.predictor.weight.copy_(weight)
         self.own.copy_(torch.zeros_like(self.own) if self.shared else logits.expand_as(self.own))
 
     @torch.no_grad()

@@ -63,13 +63,7 @@ from evaluation.tables import print_experts
 from gates import gumbel_noise, gumbel_sigmoid
 from macs import MacsModel, budget_shift
 from plan import plan
-from problem import (
-    Problem,
-    importance_logits,
-    prepare,
-    taylor_importance,
-    write_results,
-)
+from problem import Problem, importance_start, prepare, write_results
 from prune_unet import GateHandle, attach_gates
 from router import PromptRouter
 from settings import FREE, Pruning, read_pruning, resolve
@@ -282,7 +276,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
     seconds = meta.get("seconds", {"encode": problem.seconds, "warmup": 0.0, "joint": 0.0})
     if not meta and cfg.importance_start:
         clock = time.time()
-        router.start(importance_logits(taylor_importance(problem)[0]).to(teacher.device))
+        router.start(*(start.to(teacher.device) for start in importance_start(problem)))
         seconds["importance"] = time.time() - clock
     wait()  # all have read the checkpoint before it is written again
     gates = attach_gates(teacher.unet, problem.space)

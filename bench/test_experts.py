@@ -11,9 +11,16 @@ import functools
 import pytest
 import torch
 
-from bench.costs import fixed_costs, peak_bytes, prepared_copy, random_inputs, run, weight_bytes
+from bench.costs import (
+    fixed_costs,
+    peak_bytes,
+    prepare,
+    prepared_copy,
+    random_inputs,
+    run,
+    weight_bytes,
+)
 from bench.table import measured
-from problem import prepare
 from prune_unet import cut_expert
 
 

@@ -156,7 +156,8 @@ def test_a_run_with_experts_is_scored_and_reported(tmp_path):
         assert rows["dense", split]["macs_ratio"] == 1
         assert rows["aptp", split]["macs_ratio"] < 1 and rows["aptp", split]["images"] == 4
         assert rows["autoencoder", split]["frechet"] >= 0
-    assert [entry["split"] for entry in scored["nmi"]] == ["train", "validation"]
+    labels = [(entry["split"], entry["label"]) for entry in scored["nmi"]]
+    assert labels == [(x, y) for x in ("train", "validation") for y in ("group", "style")]
     page = run / "report" / "report.html"
     Tags().feed(page.read_text(encoding="utf-8"))
     assert len(list((run / "report").glob("*.png"))) >= 6

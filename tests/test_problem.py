@@ -12,6 +12,7 @@ from torch import Tensor
 
 import losses
 import problem as problems
+from common.errors import UserError
 from common.randomness import batch_rows, step_generator
 from prune_unet import attach_gates, gated_module
 from teacher.model import Noised
@@ -207,3 +208,15 @@ def test_units_without_importance_start_lowest_and_finite():
     logits = problems.importance_logits(torch.tensor([0.0, 1e-3, 1e-2, 0.0]))
     assert logits.isfinite().all() and logits[0] == logits[3] < logits[1] < logits[2]
     assert problems.importance_logits(torch.ones(5)).tolist() == [0.0] * 5
+
+
+# ---- a run's target ----
+
+
+def test_a_run_whose_rows_have_changed_is_refused_in_one_line():
+    settings = {"target": "emoji", "seed": 0, "limit": 12, "data_dir": None}
+    assigned = {"train": [0] * 12}
+    assert len(problems.load_split(settings, assigned, "train", 64)) == 12
+    assigned["train"].append(1)
+    with pytest.raises(UserError, match=r"emoji: 12 rows; .* 13 rows of train.*train\.py"):
+        problems.load_split(settings, assigned, "train", 64)

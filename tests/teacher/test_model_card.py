@@ -117,24 +117,29 @@ def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back()
     class Pipe:
         unet = SimpleNamespace(config=SimpleNamespace(sample_size=4))
         vae_scale_factor = 8
+        image_processor = SimpleNamespace(postprocess=lambda images, kind: images.tolist())
 
         def __call__(self, prompts, *, generator, **options):
             if not prompts:
                 raise KeyboardInterrupt
             noise = [torch.randn(2, generator=one).tolist() for one in generator]
             asked.append((self.unet, prompts, options, noise))
-            return SimpleNamespace(images=prompts)
+            return SimpleNamespace(images=torch.tensor([ord(prompt) for prompt in prompts]))
+
+    class Undecoded(Teacher):
+        def decode_latents(self, latents):
+            return latents
 
     pipe, expert = Pipe(), object()
-    teacher, own = Teacher("x", pipe, 2.5), pipe.unet
-    assert teacher.generate(("a", "b"), (5, 6), 7) == ["a", "b"]
+    teacher, own = Undecoded("x", pipe, 2.5), pipe.unet
+    assert teacher.generate(("a", "b"), (5, 6), 7) == [ord("a"), ord("b")]
     teacher.generate(("b",), (6,), 7, 0.0, expert)
     with pytest.raises(KeyboardInterrupt):
         teacher.generate((), (), 7, unet=expert)
     assert pipe.unet is own
     first, second = asked
     assert first[0] is own and second[0] is expert
-    size = {"height": 32, "width": 32, "num_inference_steps": 7}
+    size = {"height": 32, "width": 32, "num_inference_steps": 7, "output_type": "latent"}
     assert first[2] == size | {"guidance_scale": 2.5}
     assert second[2] == size | {"guidance_scale": 0.0}
     assert first[3][1] == second[3][0] != first[3][0]
