@@ -31,7 +31,7 @@ import train
 from common import files
 from common.errors import UserError, command_line, quiet_libraries
 from common.files import load_tensors, save_tensors
-from problem import TAYLOR_BATCHES, prepare
+from problem import prepare
 from settings import Pruning, read_pruning, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,23 +87,14 @@ def no_room(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, st
     save_file(tensors, path, metadata)
 
 
-def not_a_number(unet: Any, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-    return forward(unet, sample * float("nan"), *arguments, **options)
-
-
-def forward(*arguments: Any, **options: Any) -> Any:
-    """The U-Net's own, put here before it is replaced."""
-    raise NotImplementedError
-
-
 def nan_output(step: int) -> None:
-    """The gated U-Net's output is NaN in one step."""
-    from diffusers import UNet2DConditionModel
+    """The gated U-Net's output is NaN in one step, as its gates are."""
+    image_losses = train.PruningStep.image_losses
 
-    global forward
-    forward = UNet2DConditionModel.forward
-    # importance first; then, in each step, teacher and gated U-Net
-    on_call(UNet2DConditionModel, "forward", TAYLOR_BATCHES + 2 * step + 1, not_a_number)
+    def not_a_number(self: Any, a: torch.Tensor, *arguments: Any) -> Any:
+        return image_losses(self, a * float("nan"), *arguments)
+
+    on_call(train.PruningStep, "image_losses", step, not_a_number)
 
 
 FAULTS: dict[str, Callable[[], None]] = {
