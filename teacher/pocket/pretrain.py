@@ -5,9 +5,9 @@
     python -m teacher.pocket.pretrain --initial assets/pocket --unet-steps 6000   # 6000 more
 
 Both stages use a constant learning rate with warm-up and a linear decay over the last two fifths,
-compute in bfloat16 and export an exponential moving average of the weights. AdamW trains the
-autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model card says what was tried and
-what it gained.
+compute in bfloat16 (in float32 on a CPU without it) and export an exponential moving average of the
+weights. AdamW trains the autoencoder, Muon (Jordan et al. 2024) the U-Net's matrices. The model
+card says what was tried and what it gained.
 """
 
 from __future__ import annotations
