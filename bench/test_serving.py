@@ -78,7 +78,19 @@ def pipeline(captions, device, tmp_path_factory):
     )
     ratio = (macs(code[0]) / macs.dense).item()
     listed = [{"id": i, "macs_ratio": ratio} for i in range(EXPERTS)]
-    write_json(folder / "summary.json", {"teacher": name, "experts": listed})
+    summary = {
+        "target": "emoji",
+        "teacher": name,
+        "resolution": pixels,
+        "budget": BUDGET,
+        "num_experts": EXPERTS,
+        "experts": listed,
+        "macs_dense": macs.dense,
+        "macs_ratio_mean": ratio,
+        "usage_train": [1 / EXPERTS] * EXPERTS,
+        "usage_validation": [1 / EXPERTS] * EXPERTS,
+    }
+    write_json(folder / "summary.json", summary)
     made = APTPPipeline.from_pretrained(folder, str(device), precision=precision, resolution=pixels)
     for i in range(EXPERTS):
         made(captions[:1], expert=i, num_inference_steps=1)  # cuts it
