@@ -1,6 +1,10 @@
 """Small U-Nets of the kinds that the method must work on, with weights that hide nothing."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # which libraries read as they are imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
+
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +13,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
 from hypothesis import Phase, settings
+from short_start import shorten
 
 from gates import ArchSpace
 from macs import measure_macs
@@ -18,7 +23,6 @@ from teacher.conditions import Conditions
 from teacher.encoded import Encoded
 from teacher.model import Teacher
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # no shrinking: most examples are seeds, and a smaller seed is no simpler
 PHASES = (Phase.explicit, Phase.generate)
 settings.register_profile("aptp", deadline=None, derandomize=True, max_examples=12, phases=PHASES)
@@ -60,6 +64,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 ROWS = 24  # of the tiny teacher's target
+shorten()
 
 
 def tiny_unet(layout: str) -> UNet2DConditionModel:

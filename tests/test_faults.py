@@ -25,6 +25,7 @@ from typing import IO, Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from short_start import shorten
 
 import finetune
 import train
@@ -120,6 +121,7 @@ def serve(folder: Path) -> None:
     """
     torch.set_num_threads(1)
     quiet_libraries()
+    shorten()
     problem = prepare(resolve(settings(folder / "none")))
     problem = replace(problem, validation=problem.validation.take(range(8)))
     print("ready", flush=True)
@@ -232,6 +234,12 @@ def undisturbed(forks) -> tuple[Path, float]:
     return folder, time.time() - clock
 
 
+def steps_done(run: Path) -> int:
+    """The steps in a run's log."""
+    log = run / "metrics.csv"
+    return max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
+
+
 def same(run: Path, other: Path) -> None:
     """The same results, bit for bit, and nothing left lying about."""
     for name in RESULTS:
@@ -251,11 +259,25 @@ def test_killed_at_random_moments(forks, undisturbed):
         with contextlib.suppress(ProcessLookupError):  # it may be over
             os.kill(child, signal.SIGKILL)
         killed = forks.end()[0] != 0
-        log = folder / "metrics.csv"
-        rows = max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
-        print(f"{'killed' if killed else 'over'} at {moment:.2f} s, {rows} steps done")
+        state = "killed" if killed else "over"
+        print(f"{state} at {moment:.2f} s, {steps_done(folder)} steps done")
         assert forks.run(folder)[0] == 0
         same(folder, whole)
+
+
+def test_killed_twice_while_it_trains(forks, undisturbed):
+    """A run that went on where it was killed is killed again."""
+    folder = forks.folder / "killed-twice"
+    for steps in (3, 5):
+        child = forks.start(folder)
+        deadline = time.time() + 120
+        while time.time() < deadline and steps_done(folder) < steps:
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        assert forks.end()[0] == -signal.SIGKILL
+        assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] >= steps - 1
+    assert forks.run(folder)[0] == 0
+    same(folder, undisturbed[0])
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name.startswith("killed")])
@@ -303,7 +325,8 @@ def test_a_killed_finetuning_ends_as_the_undisturbed_one(forks, undisturbed):
 
 def test_ctrl_c_is_one_line_and_can_be_gone_on_from(forks, undisturbed):
     folder = forks.folder / "interrupted"
-    command = [sys.executable, "train.py", *options(ARGUMENTS, out=folder)]
+    command = [sys.executable, "tests/short_start.py", "train.py"]
+    command += options(ARGUMENTS, out=folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
@@ -315,10 +338,8 @@ def test_ctrl_c_is_one_line_and_can_be_gone_on_from(forks, undisturbed):
         # a shell's background job, and all that it starts, would ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    log, deadline = folder / "metrics.csv", time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if log.exists() and len(log.read_text().splitlines()) > 3:
-            break
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and steps_done(folder) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

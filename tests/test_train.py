@@ -394,7 +394,8 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
     names = "budget num_experts warmup_steps joint_steps batch_size limit save_every device"
     fields = {name.replace("_", "-"): getattr(cfg, name) for name in names.split()} | {"out": out}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "train.py", *(f"--{key}={value}" for key, value in fields.items())]
+    torchrun += ["tests/short_start.py", "train.py"]
+    command = [*torchrun, *(f"--{key}={value}" for key, value in fields.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment

@@ -519,6 +519,9 @@ def test_missing_weights_are_one_line(name, tmp_path, monkeypatch, capfd, caplog
     import huggingface_hub.constants
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the hub is tried again
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr("urllib.request.urlopen", no_network)
