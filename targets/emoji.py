@@ -64,7 +64,8 @@ class Emoji:
     held_out: bool
 
 
-def list_emoji() -> list[Emoji]:
+@cache
+def list_emoji() -> tuple[Emoji, ...]:
     """All drawings, by Unicode's order and then style.
 
     Skin tones, on their own or as variants, are left out.
@@ -117,7 +118,7 @@ def list_emoji() -> list[Emoji]:
             for style, svg in svgs.items()
             if svg
         ]
-    return drawings
+    return tuple(drawings)
 
 
 def split_drawings(split: str) -> list[Emoji]:
@@ -197,7 +198,7 @@ def render(svg: Path, size: int) -> np.ndarray:
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING))
 
 
-def emoji_pixels(drawings: list[Emoji]) -> np.ndarray:
+def emoji_pixels(drawings: Sequence[Emoji]) -> np.ndarray:
     """All drawings, (rows, 64, 64, 3) uint8.
 
     Rendered the first time, read from the cache afterwards.
