@@ -224,22 +224,25 @@ def shape_of(teacher: str) -> UNet2DConditionModel:
 
 
 def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
-    """Bytes in float32 of what the layers of one image's forward put out: an upper estimate of what
-    its backward pass keeps.
+    """Bytes in float32 of what one image's forward keeps for a backward pass to its input.
+
+    Attention is counted as if it kept its S x S weights; fused kernels do not.
     """
-    total = 0
+    model = skeleton(unet).requires_grad_(False)
+    inputs = example_inputs(model, latent_size, tokens)
+    inputs["sample"].requires_grad_()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # by address, which a storage that lives keeps
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += 4 * output.numel()
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
 
-    model = skeleton(unet)
-    for module in model.modules():
-        if not list(module.children()) and any(True for _ in module.parameters()):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        model(**example_inputs(model, latent_size, tokens))
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def plan(cfg: Pruning) -> str:
@@ -290,7 +293,7 @@ pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps at {pixels} px, effect
   MACs       {of_step / 1e12:.1f} T a step ({text}), {steps * of_step / 1e15:.1f} P in all
   time       {hours:.1f} hours of one GPU at {cfg.tflops:g} TFLOP/s: \
 2 x {steps * of_step / 1e15:.1f} P / {cfg.tflops:g} T / 3600
-  memory     {weights / GIB:.1f} GiB of weights ({cfg.precision}), up to \
+  memory     {weights / GIB:.1f} GiB of weights ({cfg.precision}), about \
 {activations / GIB:.1f} GiB of activations at {together} images\
 {", less with checkpointing" if cfg.checkpointing else ""}
   learning   logits move by {reach:.2g} at most in {steps} steps at lr {cfg.lr:g}; {start}
