@@ -13,6 +13,9 @@ from PIL import Image
 from small_data import write
 from small_pipelines import write_pipeline
 
+import evaluate
+import finetune
+import sample
 import train
 from common.errors import command_line
 from common.files import read_json
@@ -21,6 +24,7 @@ from targets.images import load_target
 from teacher.model import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {f"{script.__name__}.py": script for script in (train, finetune, sample, evaluate)}
 SHORT = {
     "num-experts": 2,
     "warmup-steps": 1,
@@ -67,13 +71,35 @@ def place(tmp_path_factory):
     return folder
 
 
-def command(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `python SCRIPT ...`."""
     line = [sys.executable, *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """here("train.py", ...): what `python train.py ...` does, in this process, which has imported.
+
+    Gives its exit status, stdout and stderr.
+    """
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code: Any = 0
+        try:
+            command_line(SCRIPTS[script].main)
+        except SystemExit as stopped:
+            code = stopped.code
+        return code or 0, *capfd.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(("teacher", "pixels"), [("sd", 64), ("sdxl", 16)])
-def test_prune_finetune_draw_and_score_on_coco(place, teacher, pixels):
+def test_prune_finetune_draw_and_score_on_coco(place, here, teacher, pixels):
+    """With `sd`, each command in a process of its own."""
     run = place / f"run-{teacher}"
     where = ("--data-dir", place / "coco", "--teacher", place / teacher, "--device", "cpu")
     short = [f"--{name}={value}" for name, value in SHORT.items()]
@@ -85,9 +111,9 @@ def test_prune_finetune_draw_and_score_on_coco(place, teacher, pixels):
     )
     outputs = {}
     for step in steps:
-        done = command(place, *step)
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs[step[0]] = done.stdout + done.stderr
+        code, output, errors = command(*step) if teacher == "sd" else here(*step)
+        assert code == 0, errors[-2000:]
+        outputs[step[0]] = output + errors
     summary = read_json(run / "summary.json")
     assert summary["target"] == "coco" and summary["teacher"] == str(place / teacher)
     assert 0.78 * 0.99 <= summary["macs_ratio_mean"] <= 0.78 + 1e-6
@@ -103,25 +129,6 @@ def test_prune_finetune_draw_and_score_on_coco(place, teacher, pixels):
     scores = {(row["method"], row["split"]): row for row in rows}
     assert scores["aptp", "validation"]["frechet"] > 0 and "r1" not in scores["aptp", "validation"]
     assert (run / "report" / "report.html").exists()
-
-
-@pytest.fixture
-def here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
-    """`python train.py` in this process, without the seconds that imports take.
-
-    Gives its exit status, stdout and stderr.
-    """
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        code: Any = 0
-        try:
-            command_line(train.main)
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def check_one_line(place: Path, code: int, errors: str, words: tuple[str, ...]) -> None:
@@ -143,19 +150,19 @@ def check_one_line(place: Path, code: int, errors: str, words: tuple[str, ...]) 
     ],
 )
 def test_what_is_missing_is_said_in_one_line(place, here, arguments, words):
-    code, _, errors = here(*arguments, "--device", "cpu", "--out", place / "none")
+    code, _, errors = here("train.py", *arguments, "--device", "cpu", "--out", place / "none")
     check_one_line(place, code, errors, words)
 
 
 def test_a_command_says_in_one_line_that_the_teacher_is_missing(place):
     """The last of them to be found, after the data: in a process of its own."""
     arguments = ("--target", "coco", "--data-dir", place / "coco", "--device", "cpu")
-    done = command(place, "train.py", *arguments, "--out", place / "none")
-    check_one_line(place, done.returncode, done.stderr, ("sd2-community", "hf download"))
+    code, _, errors = command("train.py", *arguments, "--out", place / "none")
+    check_one_line(place, code, errors, ("sd2-community", "hf download"))
 
 
 def test_the_plan_of_a_preset_needs_neither_weights_nor_data(here):
-    code, output, errors = here("--preset", "coco-base", "--dry-run")
+    code, output, errors = here("train.py", "--preset", "coco-base", "--dry-run")
     assert code == 0, errors
     # 3 forwards x 1024 images x steps x 90.55 GMACs, and 2 x that / 125 TFLOP/s
     steps = PRUNING["paper"]["warmup_steps"] + PRUNING["paper"]["joint_steps"]
@@ -163,13 +170,13 @@ def test_the_plan_of_a_preset_needs_neither_weights_nor_data(here):
     assert f"{macs / 1e15:.1f} P in all" in output
     assert f"{2 * macs / 125e12 / 3600:.1f} hours" in output
     assert "41.3 hours" in output and "8 experts" in output
-    code, output, errors = here("--preset", "coco-base", "--dry-run", "--as-printed")
+    code, output, errors = here("train.py", "--preset", "coco-base", "--dry-run", "--as-printed")
     assert code == 0, errors
     assert "500 + 2500 steps" in output and "834.5 P in all" in output
 
 
 def test_the_plan_of_sdxl_counts_the_budget_at_its_own_size(here):
-    code, output, errors = here("--preset", "coco-sdxl", "--dry-run")
+    code, output, errors = here("train.py", "--preset", "coco-sdxl", "--dry-run")
     assert code == 0, errors
     assert "2567.5 M parameters" in output and "untested at full size" in output
     assert "G MACs at 1024 px" in output and "steps at 512 px" in output
