@@ -37,7 +37,7 @@ TAYLOR_BATCHES = 16  # that importance is taken over
 INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
 LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
 WORDINGS_OF = 300  # images whose captions tell content from wording
-START_SPREAD, START_LIMIT = 1.5, 4.0  # of logits that start at the importance
+START_SPREAD, START_LIMIT, START_WEIGHT = 1.5, 4.0, 5.0  # of logits that start at the importance
 START_BATCHES, RIDGE, LIMIT = 32, 3.0, 5.0  # of the regression that the predictor starts at
 
 
@@ -217,7 +217,7 @@ def importance_start(problem: Problem) -> tuple[Tensor, Tensor]:
 
     b is the logarithm of the mean importance, standardised and limited. W is a ridge regression of
     what a unit's importance to a sample is, relative to its mean at such timesteps, on the sample's
-    prompt: C (z - mean z).
+    prompt, C (z - mean z), times `START_WEIGHT`.
     """
     found = gate_gradients(problem, START_BATCHES)
     rows, interval, loss, gradient = (torch.cat(part) for part in zip(*found, strict=True))
@@ -235,7 +235,7 @@ def importance_start(problem: Problem) -> tuple[Tensor, Tensor]:
     xy = xy - sum_x[:, None] * sum_y / counts.sum()
     W = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx)), xy).T  # (D, dz)
     scale = START_SPREAD / scores.clamp(min=1e-12).log().std().clamp(min=1e-6)
-    return importance_logits(scores), scale * W
+    return importance_logits(scores), START_WEIGHT * scale * W
 
 
 def importance_logits(scores: Tensor) -> Tensor:

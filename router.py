@@ -262,7 +262,7 @@ class PromptRouter(nn.Module):
         z: Tensor,
         *,
         seed: int = 0,
-        iterations: int = 20,
+        iterations: int = 50,
         sample: int = 8192,
         transport: bool = True,
     ) -> None:

@@ -67,11 +67,11 @@ class Pruning:
     """Steps in which it rises; by target (paper: 100)."""
     lr_decay: float = 0.5
     """Last share of the steps, in which it falls (paper: constant)."""
-    predictor_rate: float = 0.05
+    predictor_rate: float = 0.002
     """Rate of the predictor's weights, relative to --lr (paper: 1)."""
     weight_decay: float = 0.0
     """AdamW's weight decay (paper: not said; PyTorch's is 0.01)."""
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.05
     """Share of captions made empty, for guidance (paper: not said)."""
     seed: int = 0
     """Seed of everything random."""
@@ -184,8 +184,8 @@ PRUNING: dict[str, dict[str, Any]] = {
     "emoji": {
         "teacher": "pocket",
         "prompt_encoder": "minilm",
-        "warmup_steps": 20,
-        "joint_steps": 80,
+        "warmup_steps": 10,
+        "joint_steps": 90,
         "batch_size": 64,
         "lr": 0.1,
         "lr_warmup": 10,
