@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import baselines
 import evaluate
 import finetune
 import train
@@ -42,6 +43,14 @@ SMALL = evaluate.Config(
     joint_steps=1,
     device="cpu",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_distances():
+    """Distances to the teacher over 8 rows of a split, not over 512."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "DISTANCE_ROWS", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
