@@ -160,7 +160,7 @@ class APTPPipeline:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
-        expert: int | None = None,
+        expert: int | Sequence[int] | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float | None = None,
         batch_size: int = 64,
@@ -170,7 +170,8 @@ class APTPPipeline:
         Args:
             prompts: P prompts, none empty.
             seeds: one for each prompt; 0, 1, 2, ... if absent.
-            expert: force one expert; -1 is the unpruned teacher; None asks the router.
+            expert: one for all prompts, or one for each; -1 is the unpruned teacher; None asks the
+                router.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
             batch_size: the largest number of images denoised at once.
@@ -180,13 +181,13 @@ class APTPPipeline:
         """
         for prompt in prompts:
             check_prompt(prompt)
-        if expert is not None and not -1 <= expert < len(self.ratios):
-            raise UserError(
-                f"--expert {expert} is not in {self.run}; choose one of 0 to {len(self.ratios) - 1}"
-            )
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        assert len(seeds) == len(prompts)
-        experts = self.route(prompts) if expert is None else [expert] * len(prompts)
+        given = [expert] * len(prompts) if isinstance(expert, int) else expert
+        experts = self.route(prompts) if given is None else list(given)
+        assert len(seeds) == len(experts) == len(prompts)
+        if unknown := set(experts) - {*range(-1, len(self.ratios))}:
+            last = len(self.ratios) - 1
+            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {last}")
         images: dict[int, Image.Image] = {}
         seconds: dict[int, float] = {}
         for chosen in sorted(set(experts)):
@@ -238,24 +239,21 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def comparison(teacher: Sampled, routed: Sampled) -> Figure:
-    """A row a prompt: the prompt, the teacher's image and the expert's. 400 rows at most."""
+def comparison(routed: Sampled, others: dict[str, Sampled]) -> Figure:
+    """A row a prompt: the prompt, then its expert's image and the others'. 400 rows at most."""
+    columns = {"teacher": others["teacher"], "routed expert": routed} | others
     rows = [
-        (
-            f"{label(prompt, 17, 4)}\nexpert {i}\n{ratio:.2f} of the MACs",
-            [((left, right), "")],
-        )
-        for prompt, i, ratio, left, right in zip(
+        (f"{label(prompt, 17, 4)}\nexpert {i}\n{ratio:.2f} of the MACs", [(images, "")])
+        for prompt, i, ratio, *images in zip(
             routed.prompts,
             routed.experts,
             routed.macs_ratios,
-            teacher.images,
-            routed.images,
+            *(column.images for column in columns.values()),
             strict=True,
         )
     ][:MOST_ROWS]
-    side = min(max(128, teacher.images[0].width), MOST_PIXELS // len(rows))
-    return image_grid(rows, ("teacher", "routed expert"), side / DPI)
+    side = min(max(128, routed.images[0].width), MOST_PIXELS // len(rows))
+    return image_grid(rows, tuple(columns), side / DPI)
 
 
 @dataclass(frozen=True)
@@ -280,7 +278,7 @@ class Config:
     teacher_only: bool = False
     """Use the unpruned model."""
     compare: bool = False
-    """Also use the unpruned model; both in <out>/comparison.png."""
+    """Also use the unpruned model and a wrong expert; <out>/comparison.png."""
     steps: int = 25
     """Denoising steps (paper: 25)."""
     guidance: float | None = None
@@ -335,8 +333,11 @@ def sample(cfg: Config) -> Sampled:
         )
         print(f"{path}  {who}  MACs ratio {ratio:.3f}  {seconds:.2f} s")
     if cfg.compare:
-        teacher = pipeline(names, expert=-1, **options)
-        save_figure(comparison(teacher, sampled), out / "comparison.png")
+        others, N = {"teacher": pipeline(names, expert=-1, **options)}, len(pipeline.ratios)
+        if N > 1 and min(sampled.experts) >= 0:
+            wrong = [(i + 1) % N for i in sampled.experts]
+            others["wrong expert"] = pipeline(names, expert=wrong, **options)
+        save_figure(comparison(sampled, others), out / "comparison.png")
         print(out / "comparison.png")
     return sampled
 

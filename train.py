@@ -28,8 +28,9 @@ Departures from the paper, each with a switch; `--as-printed` turns all of them 
   multiplier with which Eq. 15's gradient moves along T(A) = T_d. With the printed constant weight
   the image losses win: at a budget of 0.5 the soft gates end at 0.83, and the last third is cut
   without training.
-- `--importance-start`. Logits start at the units' Taylor importance, so that e is an architecture
-  from the first step. The paper does not say where they start.
+- `--importance-start`. Logits start at the units' Taylor importance, the predictor's weights at its
+  regression on the prompt, so that e is the prompt's architecture from the first step. The paper
+  does not say where they start.
 - `--sample-noise`, `--common-noise`. Eq. 9's noise is sampled for each sample, not for each code,
   so that a step sees as many architectures as samples. In the contrastive loss one noise serves the
   whole batch: noise of their own makes e' dissimilar even if all e are the same.
@@ -37,8 +38,8 @@ Departures from the paper, each with a switch; `--as-printed` turns all of them 
 - `--transport-rows`. The transport balances a batch among as many prompts as the paper's batch has;
   forced on the 64 of the embedded default alone, equal shares contradict the nearest code.
 - `--lr`, `--lr-decay`, `--predictor-rate`, `--weight-decay`: far fewer and larger steps than the
-  paper's 3000 at 2e-4, which move a logit by 0.6 at most; a rate that falls to 0; a lower one for
-  the predictor's weights, of which an embedding sums up hundreds; no decay towards 0.
+  paper's 3000 at 2e-4, which move a logit by 0.6 at most; a rate that falls to 0; for the
+  predictor's weights the paper's, since larger steps bury the regression in noise; no decay to 0.
 - Latents are the autoencoder's means instead of fresh samples from its posterior (no switch).
 """
 

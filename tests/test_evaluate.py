@@ -302,14 +302,20 @@ def test_teacher_and_expert_are_compared_side_by_side(prompts, rows):
         names, many = [f"prompt {k}" for k in range(prompts)], range(prompts)
         return Sampled(images, names, [expert for _ in many], [0.5 for _ in many], [1.0] * prompts)
 
-    figure = comparison(sampled("red", -1), sampled("blue", 3))
+    others = {"teacher": sampled("red", -1), "wrong expert": sampled("lime", 4)}
+    figure = comparison(sampled("blue", 3), others)
     shown = sorted(
         (image.get_extent()[3], image.get_extent()[0], *np.asarray(image.get_array())[50, 50])
         for image in figure.axes[0].images
     )
-    assert [entry[2:] for entry in shown] == [(255, 0, 0), (0, 0, 255)] * rows
+    assert [entry[2:] for entry in shown] == [(255, 0, 0), (0, 0, 255), (0, 255, 0)] * rows
     words = [text.get_text() for text in figure.axes[0].texts]
-    assert {"prompt 1\nexpert 3\n0.50 of the MACs", "teacher", "routed expert"} <= set(words)
+    assert {
+        "prompt 1\nexpert 3\n0.50 of the MACs",
+        "teacher",
+        "routed expert",
+        "wrong expert",
+    } <= set(words)
     assert figure.get_size_inches()[1] * DPI < 2**16  # matplotlib writes no larger ones
 
 
