@@ -150,7 +150,7 @@ def test_loading_an_expert(compare, unet, experts, macs, device, tmp_path):
             f"loading an expert ({path.stat().st_size / 2**20:,.0f} MiB) / reading its tensors",
             lambda: load_expert(path, device),
             read,
-            target=None,
+            target=1.5,
             rounds=3,
         )
     finally:
