@@ -1,40 +1,42 @@
-"""What APTP is compared with: Sec. 4.1 and 4.3. Each method gives one code for all prompts.
+"""What APTP is compared with: Sec. 4.1 and 4.3. A method gives one code for all prompts.
 
 | method | which units are closed first | looks at |
 |---|---|---|
-| `norm` | those of the smallest weights, L1 (Li et al., 2017) | weights |
-| `sp` | of the least Taylor importance over timesteps, Diff-Pruning (Fang et al., 2023) | loss |
+| `norm` | units with the smallest weights, L1 (Li et al., 2017) | weights |
+| `sp` | units with the least Taylor importance, Diff-Pruning (Fang et al., 2023) | loss |
+| `routed-sp` | the same, for each of N clusters of prompts: our control, not the paper's | loss |
 | `bksdm` | whole blocks in a fixed order, BK-SDM (Kim et al., 2023) | weights |
-| `random` | any | seed |
-| `uni-arch` | of the lowest logits of one code, trained like APTP's, without a router | loss |
+| `random` | units chosen at random | seed |
+| `uni-arch` | units with the lowest logits of one code, trained as APTP's, no router | loss |
 | `dense` | none: the unpruned model, whatever the budget | - |
 
-All but `dense` score the units and leave the rest to `macs.meet_budget`, which closes the lowest
-scores by one threshold, so every method meets the budget as APTP's codes do. One threshold asks for
-scores that can be compared between layers. How that is done, and other departures:
+All but `dense` score the units. `macs.meet_budget` then closes the lowest scores by one threshold,
+so every method meets the budget in the way that APTP's codes do. One threshold needs scores that
+can be compared between layers. How that is done, and other departures:
 
 - `norm`: L1 norms grow with a layer's size, so a unit's is divided by its layer's mean. A depth
   unit's is the mean absolute weight of the layer, divided by the mean over the removable ResBlocks
   or Transformers. Li et al. close a share of each layer that is chosen by hand, and no layers.
-- `sp`: scores are changes of one loss and stay as they are. Fang et al. close the same share of
-  every layer's channels, and add gradients up over the timesteps before they take absolute values;
-  on a teacher that has converged, those cancel. Either is worse here: on the first pocket teacher,
-  at 0.78 of the MACs, the mean squared difference to its output before fine-tuning is 0.065 with
-  the same share of every layer, 0.009 with signed sums, 0.0002 with neither. Timesteps of small
-  loss are left out, as theirs are, but by intervals of the schedule.
-- Why a gate's gradient is that importance, without a gradient for any weight: the layer that reads
-  a unit's features h does so as W h, W being the weights for that unit, and a gate makes it
-  W (a h) = (a W) h. So dL/da at a = 1 is the sum of w dL/dw over W: to first order, and but for
-  the sign, what the loss changes by as W goes to zero. A depth gate does it for a whole branch.
+- `sp`: all scores are changes of one loss, so they are compared as they are. Fang et al. close the
+  same share of every layer's channels, and add gradients up over the timesteps before they take
+  absolute values; on a converged teacher these gradients cancel. Both are worse here: on the first
+  pocket teacher, at 0.78 of the MACs, the mean squared difference to its output before fine-tuning
+  is 0.065 with the same share of every layer, 0.009 with signed sums, 0.0002 with neither. Fang et
+  al. leave out timesteps of small loss; here whole intervals of the schedule are left out.
+- Why a gate's gradient is that importance, without a gradient for any weight: a layer reads a
+  unit's features h as W h, where W are the weights for that unit, and a gate a makes this
+  W (a h) = (a W) h. So dL/da at a = 1 is the sum of w dL/dw over W. To first order, this is how
+  much the loss falls when W goes to zero. A depth gate does the same for a whole branch.
 - `bksdm`: Kim et al. give three sets of blocks. Base: of every stage all pairs of a ResBlock and a
   Transformer but the first and, in the decoder, the last. Small: also the middle. Tiny: also the
-  innermost stage (whose resampling stays here: the space has no unit for it). For any budget, pairs
-  go in that order, inside Base from the innermost stage outwards, as long as the budget is not
-  undercut; what is left to save comes from widths by `norm`'s scores, first of the block that would
-  be next, then of all others, and where that is not enough from other layers. At the MACs of Base
-  and of Small the expert is theirs exactly. This needs a space of depth "all" (`DEPTHS`).
-- `uni-arch`: APTP's steps, rows, rate, start and losses, but the contrastive one, which is about a
-  router. Sec. 4.3 does not say which losses it used.
+  innermost stage (its resampling stays here: the space has no unit for it). Here, for any budget,
+  pairs are removed in that order, within Base from the innermost stage outwards, as long as the
+  MACs stay above the budget. The rest is saved by closing units by `norm`'s scores: first in the
+  block that would be next, then in all others, and if that is not enough, by removing other layers.
+  At the MACs of Base and of Small the expert is theirs exactly. This needs a space of depth "all"
+  (`DEPTHS`).
+- `uni-arch`: APTP's steps, rows, rate, start and losses without the contrastive loss, which trains
+  a router. Sec. 4.3 does not say which losses it used.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ from teacher.encoded import encode_target
 from teacher.model import Teacher, add_noise
 from train import CHECKPOINT, optimise
 
-DISTANCE_ROWS = 512
+DISTANCE_ROWS = 512  # rows of a split over which `output_distances` averages
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 ROUTED = ("routed-sp",)  # methods with a code for each of `num_experts` clusters of prompts
-ROUTED_BATCHES = 128  # that `routed-sp` looks at; an eighth of them for each of eight clusters
+ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
 def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
@@ -77,9 +79,9 @@ def dense(problem: Problem, router: PromptRouter) -> Tensor:
 
 
 def random(problem: Problem, router: PromptRouter) -> Tensor:
-    """A code of units closed by chance, (1, D)."""
-    draw = step_generator(problem.cfg.seed, "random code")
-    scores = torch.rand(problem.space.size, generator=draw)
+    """A code that closes units at random, (1, D)."""
+    generator = step_generator(problem.cfg.seed, "random code")
+    scores = torch.rand(problem.space.size, generator=generator)  # (D,)
     return close_lowest(scores, problem.macs, problem.cfg.budget)
 
 
@@ -94,10 +96,10 @@ def norm(problem: Problem, router: PromptRouter) -> Tensor:
 
 @torch.no_grad()
 def relative_norms(unet: UNet2DConditionModel, space: ArchSpace) -> Tensor:
-    """L1 norms, of width units relative to their layer's mean, of layers to their kind's, (D,)."""
-    scores = torch.zeros(space.size)
+    """L1 norms of units, divided by their layer's mean, and of layers, by their kind's, (D,)."""
+    scores = torch.zeros(space.size)  # (D,)
     for layer in space.width_layers:
-        norms = unit_norms(unet, layer)
+        norms = unit_norms(unet, layer)  # (units,)
         scores[layer.span] = (norms / norms.mean()).cpu()
     kinds: dict[type, list[int]] = {}
     for layer in space.depth_layers:
@@ -144,13 +146,13 @@ def sp(problem: Problem, router: PromptRouter) -> Tensor:
 def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
     """Codes that close, for each cluster of prompts, what matters least to it, (N, D).
 
-    Training-free: balanced clusters of the prompt embeddings, which `router` then routes to, and
-    the Taylor importance of each cluster's own prompts, over `ROUTED_BATCHES` batches.
+    Nothing is trained. The prompt embeddings are clustered, with clusters of like size, which
+    `router` routes to; importance is that of each cluster's prompts, over `ROUTED_BATCHES` batches.
     """
     router.start_codes(problem.z, seed=problem.cfg.seed)
-    clusters = router.route(problem.z).cpu()
-    scores = taylor_importance(problem, clusters, ROUTED_BATCHES)
-    shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)
+    clusters = router.route(problem.z).cpu()  # (rows,)
+    scores = taylor_importance(problem, clusters, ROUTED_BATCHES)  # (N, D)
+    shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
     return meet_budget(scores, shares, problem.macs, problem.cfg.budget)
 
 
@@ -158,7 +160,7 @@ def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
 
 
 def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
-    """The code of BK-SDM's list of blocks, as far as the budget goes, (1, D). Kim et al., 2023.
+    """The code that removes blocks in BK-SDM's order down to the budget, (1, D). Kim et al., 2023.
 
     Raises:
         ValueError: the space is not one of depth "all".
@@ -167,15 +169,15 @@ def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
     check_budget(budget, macs)
     removed, following = blocks_to_remove(macs, budget)
     scores = relative_norms(problem.teacher.unet, space)
-    step = scores.max() + 1
+    beyond = scores.max() + 1  # more than two scores can differ by
     for layer in space.layers:
         if inside(layer, removed):
             scores[layer.span] = -torch.inf
         elif layer.kind == "depth":
-            scores[layer.span] += step  # later than any width
+            scores[layer.span] += beyond  # closed later than any width
         elif inside(layer, following):
-            scores[layer.span] -= step  # earlier than the others
-    # what is removed costs nothing from here on, so that none of it is opened to use up a remainder
+            scores[layer.span] -= beyond  # closed earlier than the others
+    # removed blocks cost nothing from here on, so `meet_budget` does not open them again
     left = torch.tensor([1.0] + [layer.name not in removed for layer in space.depth_layers])
     rest = replace(macs, unit_cost=macs.unit_cost * left, fixed_cost=macs.fixed_cost * left)
     return close_lowest(scores, rest, min(1.0, budget * macs.dense / rest.dense))
@@ -269,13 +271,13 @@ def output_distances(
         codes: binary codes, (N, D).
         experts: expert of each row of the split, (rows,).
     """
-    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))
+    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))  # (n,)
     encoded = encode_target(teacher, data.take(rows.tolist()))
-    N, own = len(codes), experts[rows]
-    shares = torch.bincount(own, minlength=N).double() / len(own)
-    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()
+    N, own = len(codes), experts[rows]  # (n,)
+    shares = torch.bincount(own, minlength=N).double() / len(own)  # (N,)
+    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()  # (1, D)
     budget = (shares @ macs(codes)).item() / macs.dense
-    found = {"distance": codes[own]}
+    found = {"distance": codes[own]}  # gates of each row, (n, D)
     if N > 1:
         static = meet_budget(mean, torch.ones(1), macs, budget)
         found["distance_exchanged"] = codes[(own + 1) % N]

@@ -10,10 +10,11 @@ from its last checkpoint.
 
 Departures from the paper:
 - A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with
-  classifier-free guidance asks the expert about it as well. The paper does not say; 0 trains on
+  classifier-free guidance evaluates the expert on it as well. The paper does not say; 0 trains on
   captions alone.
-- An expert to which no training prompt is routed is trained on all of them, so that it is fit for
-  `sample.py --expert`.
+- Eq. 28 as while pruning: relative errors, mean over blocks (`normalise_blocks`; `losses.py`).
+- An expert to which no training prompt is routed is trained on all of them, because
+  `sample.py --expert` can ask for it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 TERMS = ("loss", "denoising", "distillation")
 
-HALF_SCALE = 1024.0  # of the loss in half precision, undone in its gradients
+HALF_SCALE = 1024.0  # multiplies the loss in half precision; gradients are divided by it
 
 
 def expert_path(run: Path, expert: int) -> Path:
@@ -78,12 +79,12 @@ def finetuning_step(
     batch: Noised,
     cfg: Finetuning,
 ) -> dict[str, Tensor]:
-    """Eq. 30 for one batch: the loss and its terms, scalars; leaves the gradients.
+    """Eq. 30 for one batch: sets the expert's gradients, returns the loss and its terms, scalars.
 
-    A micro-batch at a time, each with its share of the batch's mean.
+    One micro-batch at a time, each weighted by its share of the batch.
     """
     B, dtype = len(batch.sample), teacher.dtype
-    total = torch.zeros(3)
+    total = torch.zeros(3)  # the loss and its two terms
     scale = HALF_SCALE if dtype == torch.float16 else 1.0
     for part in torch.arange(B).split(cfg.micro_batch or B):
         inputs = batch.part(part)
@@ -100,7 +101,7 @@ def finetuning_step(
             teacher_blocks,
             cfg.normalise_blocks,
             cfg.block_weight,
-        )
+        )  # (b,)
         loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
         share = len(part) / B
         (scale * share * loss).backward()
@@ -147,11 +148,11 @@ def finetune_expert(
     log = MetricsLog(run / "experts" / f"{i}.csv", list(TERMS), first)
     bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}")
     for step in bar:
-        draw = step_generator(cfg.seed, f"finetune {i}", step)
-        pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]
+        generator = step_generator(cfg.seed, f"finetune {i}", step)
+        pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]  # (b,)
         latents, conditions = data.batch(pick)
-        dropped = torch.rand(len(pick), generator=draw) < cfg.caption_dropout
-        batch = add_noise(teacher, latents, conditions.drop(dropped, empty), draw)
+        dropped = torch.rand(len(pick), generator=generator) < cfg.caption_dropout  # (b,)
+        batch = add_noise(teacher, latents, conditions.drop(dropped, empty), generator)
         optimizer.zero_grad(set_to_none=True)
         terms = finetuning_step(teacher, expert, recorders, batch, cfg)
         values = {name: terms[name].item() for name in TERMS}
@@ -212,11 +213,11 @@ def finetune(cfg: Finetuning) -> None:
     space = ArchSpace.from_unet(teacher.unet, settings["depth"])
     codes = load_codes(run, space)
     data = load_split(settings, assigned, "train", teacher.resolution)
-    assignment = torch.tensor(assigned["train"])
+    assignment = torch.tensor(assigned["train"])  # (rows,)
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.empty_conditions().to("cpu")
     for i in todo:
-        rows = (assignment == i).nonzero().flatten()
+        rows = (assignment == i).nonzero().flatten()  # (R,)
         clock = time.time()
         finetune_expert(
             cfg,

@@ -1,9 +1,10 @@
 """The architecture space and its gates: Sec. 3.3, Eqs. 9 and 12.
 
-An architecture code a = (u, v) holds one logit a prunable unit: v for width (GroupNorm groups of a
-ResBlock, heads of an attention, slices of a feed-forward layer) and u for depth (a whole ResBlock
-or Transformer). `ArchSpace` finds the units of any diffusers `UNet2DConditionModel` by module type
-and says which coordinates of a code belong to which layer.
+An architecture code a = (u, v) holds one logit for each prunable unit: v for width (GroupNorm
+groups of a ResBlock, heads of an attention, slices of a feed-forward layer) and u for depth (a
+whole ResBlock or Transformer). `ArchSpace` finds the units of any diffusers `UNet2DConditionModel`
+by module type and says which coordinates of a code belong to which layer. The paper prints logits
+in plain letters (a, u, v) and the gates made of them in bold ones.
 
 | symbol | name here | shape |
 |---|---|---|
@@ -11,7 +12,8 @@ and says which coordinates of a code belong to which layer.
 | a | `codes`, `logits` | (N, D), (..., D) |
 | u, v | `space.split(code)`: dictionaries layer -> logits | (...,), (..., units) |
 | gamma | `temperature` | scalar |
-| bold u, v, e' | gates in [0, 1] | (..., D) |
+| bold a = (u, v), e' | gates in [0, 1], the result of `gumbel_sigmoid` | (..., D) |
+| g | `noise` | broadcasts to (..., D) |
 
 Departures from the paper, and what it leaves open:
 - Order inside a code: all width units in the U-Net's module order, then the depth units. The paper
@@ -134,9 +136,8 @@ class ArchSpace:
 def removable_layers(unet: UNet2DConditionModel, depth: str) -> list[str]:
     """Names of the ResBlocks and Transformers that a depth unit may remove, in module order."""
     chosen: list[str] = []
-    channels = (
-        unet.conv_in.out_channels
-    )  # that enter the next ResBlock, skip connection not counted
+    # channels that enter the next ResBlock; those of a skip connection are not counted
+    channels = unet.conv_in.out_channels
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     blocks.append(("mid_block", unet.mid_block))
     blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
@@ -174,9 +175,8 @@ def gumbel_noise(
     device: torch.device | None = None,
 ) -> Tensor:
     """Gumbel(0, 1) samples, float32, drawn on the CPU so that every device sees the same ones."""
-    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64).clamp(
-        1e-12, 1 - 1e-12
-    )
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+    uniform = uniform.clamp(1e-12, 1 - 1e-12)  # log 0 is infinite
     return -torch.log(-torch.log(uniform)).float().to(device or "cpu")
 
 
@@ -206,7 +206,7 @@ def gumbel_sigmoid(
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if noise is None:
-        noise = gumbel_noise(logits.shape, generator=generator, device=logits.device)
+        noise = gumbel_noise(logits.shape, generator=generator, device=logits.device)  # (..., D)
     return torch.sigmoid((logits + noise) / temperature).to(logits.dtype)
 
 
@@ -214,7 +214,7 @@ def gumbel_sigmoid(
 def binarize(logits: Tensor, space: ArchSpace | None = None, *, threshold: float = 0.0) -> Tensor:
     """Binary gates: open where the logit exceeds `threshold`.
 
-    With a `space`, the unit with the highest logit of every width layer stays open whatever it is.
+    With a `space`, each width layer keeps its unit of the highest logit open, however low that is.
 
     Args:
         logits: (..., D).
@@ -223,7 +223,7 @@ def binarize(logits: Tensor, space: ArchSpace | None = None, *, threshold: float
     Returns:
         Gates in {0, 1}, of the shape and type of `logits`. Of equal highest logits, one is kept.
     """
-    gates = (logits > threshold).to(logits.dtype)
+    gates = (logits > threshold).to(logits.dtype)  # (..., D)
     for layer in space.width_layers if space is not None else ():
         best = logits[..., layer.span].argmax(-1, keepdim=True)  # (..., 1)
         gates[..., layer.span].scatter_(-1, best, 1.0)

@@ -1,14 +1,15 @@
 """Losses of the pruning and the fine-tuning stage: Eqs. 1, 13-15, 25-31.
 
-Losses over images come a sample at a time, (B,), so that the objective can weight them by expert.
+Image losses give one value for each sample, (B,), so that Eq. 15 can weight them by expert.
 
 | symbol | name here | shape |
 |---|---|---|
-| z, e' | prompt embeddings, architecture vectors | (B, dz), (B, D) |
-| r, s | `similarity_distribution(z)`, `similarity_distribution(e')` | (B, B) |
+| z, bold e' | `z`, `e_prime`: prompt embeddings, architecture vectors | (B, dz), (B, D) |
+| log r, log s | `similarity_distribution` of z, of bold e' | (B, B) |
 | tau | `contrast_temp` | scalar |
 | T(A), T_d | `macs`, `target`: MACs | scalar |
-| B^(i) | how often i is in `assignment` | - |
+| B^(i) | `counts`: how often i is in `assignment` | (N,) |
+| eps (Eq. 1), theta | not here: the caller passes `prediction` and `target` | - |
 
 Departures from the paper:
 - The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15
@@ -17,7 +18,10 @@ Departures from the paper:
   itself are all near 1, and the loss is flat. `center=False` compares e', exactly as printed.
 - Eq. 13's log(1 - s) stops at s = 1 - 1e-6, since s reaches 1 where a prompt resembles itself only.
 - Squared norms (Eqs. 1, 27, 28) are means over a sample's elements, which keeps the weights of the
-  sums independent of the resolution. Eq. 28's sum over blocks stays a sum.
+  sums independent of the resolution.
+- Eq. 28 divides each block's error by the mean square of the teacher's block, and takes the mean
+  over blocks instead of the sum (`normalise=False`: exactly as printed). Blocks' mean squares
+  differ by a factor of hundreds. Eq. 29 gives the block level the weight `block_weight`.
 - Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the
   caller passes the target that its teacher was trained on; the equation is the same.
 - Eq. 15 divides by B^(i), which may be 0: an expert that gets no sample of a batch adds nothing to
@@ -45,9 +49,9 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def similarity_distribution(vectors: Tensor, contrast_temp: float = 0.03) -> Tensor:
-    """log r or log s: log-softmax over k of cosine(x_i, x_k) / tau, (B, D) -> (B, B) [Eq. 14]"""
-    unit = F.normalize(vectors.float(), dim=-1)
-    return F.log_softmax(unit @ unit.T / contrast_temp, dim=1)
+    """log r or log s: row i: log-softmax of cosine(x_i, x_j) / tau, (B, D) -> (B, B) [Eq. 14]"""
+    unit = F.normalize(vectors.float(), dim=-1)  # (B, D)
+    return F.log_softmax(unit @ unit.T / contrast_temp, dim=1)  # (B, B)
 
 
 def contrastive_loss(
@@ -69,8 +73,8 @@ def contrastive_loss(
         e_prime = e_prime - e_prime.mean(0)
     r = similarity_distribution(z.detach(), contrast_temp).exp()  # (B, B)
     log_s = similarity_distribution(e_prime, contrast_temp)  # (B, B)
-    # log(1 - s), kept away from log 0 where a prompt is similar to itself only
-    log_not_s = torch.log1p(-log_s.exp().clamp(max=1 - 1e-6))
+    # log(1 - s), where s stops short of 1: a prompt that resembles only itself has s_ii = 1
+    log_not_s = torch.log1p(-log_s.exp().clamp(max=1 - 1e-6))  # (B, B)
     return -(r * log_s + (1 - r) * log_not_s).mean()
 
 
@@ -81,18 +85,19 @@ def resource_loss(macs: Tensor, target: Tensor | float) -> Tensor:
 
 
 def budget_multiplier(slope: Tensor, price: Tensor, a: Tensor, gumbel_temp: float) -> Tensor:
-    """lambda_res as a Lagrange multiplier: the least-squares price of a MAC, a scalar >= 0.
+    """lambda_res as a Lagrange multiplier: -<g, h> / <h, h>, a scalar >= 0.
 
-    With it, Eq. 15's gradient with respect to the logits has no component along that of log T, so
-    a small step neither raises nor lowers T.
+    g is the gradient of the image losses and h that of log T(A), both with respect to the logits.
+    g + lambda_res h then has no component along h, so a small step neither raises nor lowers T.
 
     Args:
         slope: gradient of the image losses with respect to the gates, (B, D).
         price: gradient of log T(A) with respect to the gates, (B, D).
-        a: the gates, (B, D).
-        gumbel_temp: gamma; the gates' own slope is a (1 - a) / gamma.
+        a: the gates (the paper's bold a), (B, D).
+        gumbel_temp: gamma; a gate's derivative by its logit is a (1 - a) / gamma.
     """
-    slope, price = (g.double() * (a * (1 - a) / gumbel_temp).double() for g in (slope, price))
+    # the chain rule from gates to logits: from here on slope is g, and price is h, (B, D)
+    slope, price = (d.double() * (a * (1 - a) / gumbel_temp).double() for d in (slope, price))
     return (-(slope * price).sum() / price.square().sum().clamp(min=1e-30)).clamp(min=0)
 
 
@@ -121,7 +126,7 @@ def block_distillation_loss(
     if not normalise:
         return errors.sum(0)
     squares = torch.stack([per_sample_mse(t.detach(), torch.zeros_like(t)) for t in teacher_blocks])
-    return (errors / squares.clamp(min=1e-12)).mean(0)
+    return (errors / squares.clamp(min=1e-12)).mean(0)  # (blocks, B) -> (B,)
 
 
 def distillation_loss(
@@ -138,7 +143,7 @@ def distillation_loss(
         normalise: as in Eq. 28.
         block_weight: of the block level; the paper's value is 1.
     """
-    blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)
+    blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)  # (B,)
     return output_distillation_loss(student, teacher) + block_weight * blocks
 
 
@@ -150,9 +155,9 @@ def finetuning_loss(
 
 
 def sample_weights(assignment: Tensor | None, num_experts: int, batch_size: int) -> Tensor:
-    """What each sample counts in Eq. 15's image losses: 1 / (N B^(i)), or 1 / B in warm-up, (B,).
+    """Weight of each sample in Eq. 15's image losses: 1 / (N B^(i)), or 1 / B in warm-up, (B,).
 
-    Experts count alike whatever their B^(i).
+    Each expert has the total weight 1 / N, however many samples it got.
 
     Args:
         assignment: expert of each sample, (B,), int64, in [0, N); None during warm-up.
@@ -186,6 +191,6 @@ def pruning_loss(
         lambda_distill, lambda_res, lambda_cont: weights; the defaults are the paper's.
     """
     image = denoising + lambda_distill * distillation  # (B,)
-    weights = sample_weights(assignment, num_experts, len(image)).to(image)
+    weights = sample_weights(assignment, num_experts, len(image)).to(image)  # (B,)
     mean = (weights * image).sum()
     return mean + lambda_res * resource.to(mean.dtype) + lambda_cont * contrastive

@@ -5,15 +5,17 @@
 | T(a) | `MacsModel` | (..., D) -> (...,) |
 | T_d | `budget` times `MacsModel.dense` | scalar |
 | B^(i) / B | `shares` | (N,) |
+| bold v, u | `widths`, `depths`: W width gates, M depth gates; D = W + M | (..., W), (..., M) |
 
-MACs are multiply-accumulates of one image, one forward. A layer's are linear in the units that it
-keeps, and a removed layer has none, so T(a) is a closed form whose coefficients are read off the
-U-Net once, on the meta device, where no weight is allocated.
+MACs are multiply-accumulates of one forward of one image. A layer's MACs are linear in the units
+that it keeps, and a removed layer has none, so T(a) is a closed form. Its coefficients are read off
+the U-Net once, on the meta device, where no weight is allocated.
 
 Departures from the paper, and what it leaves open:
 - MACs are counted exactly, as `torch.utils.flop_counter` counts matrix products (half its flops).
   The paper's 1384.2 G for SD 2.1 at 768 px come from counting cross-attention as S x S instead of
-  S x 77; the true figure is 1074.6 G. Budgets mean the exact count; `plan.paper_macs` is theirs.
+  S x 77; the true figure is 1074.6 G. Budgets mean the true count; `plan.paper_macs` repeats the
+  paper's.
 - Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
   depth gate. The paper does not say how it prices them.
 - `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say
@@ -36,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from gates import ArchSpace, Layer, binarize
 
-LEFTOVER = 0.01  # of the budget that `meet_budget` may leave unused
+LEFTOVER = 0.01  # share of the budget that `meet_budget` may leave unused
 
 
 # ---- counting ----
@@ -99,8 +101,9 @@ class MacsModel:
     """T(a): linear in each layer's kept fraction, times the layer's depth gate."""
 
     space: ArchSpace
-    unit_cost: Tensor  # (W, 1 + M) float64: MACs of a width unit, in its depth layer's column or 0
-    fixed_cost: Tensor  # (1 + M,) float64: MACs that no width unit changes, by depth layer
+    # column 0: what is never removed; column j: what depth layer j contains, and removes with it
+    unit_cost: Tensor  # (W, 1 + M) float64: MACs of each width unit, in one of the columns
+    fixed_cost: Tensor  # (1 + M,) float64: MACs that no width unit changes
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Gates (..., D), soft or binary -> MACs (...,), float64; whole numbers for binary gates.
@@ -110,7 +113,7 @@ class MacsModel:
         unit_cost, fixed_cost = self.unit_cost.to(codes.device), self.fixed_cost.to(codes.device)
         widths, depths = codes.double().split([unit_cost.shape[0], unit_cost.shape[1] - 1], dim=-1)
         by_region = widths @ unit_cost + fixed_cost  # (..., 1 + M)
-        return by_region[..., 0] + (depths * by_region[..., 1:]).sum(-1)
+        return by_region[..., 0] + (depths * by_region[..., 1:]).sum(-1)  # (...,)
 
     @property
     def dense(self) -> int:
@@ -150,12 +153,12 @@ def measure_macs(
     def region_of(name: str) -> int:
         return next((i for owner, i in regions.items() if (name + ".").startswith(owner + ".")), 0)
 
-    fixed = torch.zeros(1 + len(regions), dtype=torch.float64)
+    fixed = torch.zeros(1 + len(regions), dtype=torch.float64)  # (1 + M,)
     fixed[0] = macs[""] - sum(macs[name] for name in regions)
     for name, index in regions.items():
         fixed[index] = macs[name]
     width_units = sum(layer.units for layer in space.width_layers)
-    costs = torch.zeros(width_units, len(fixed), dtype=torch.float64)
+    costs = torch.zeros(width_units, len(fixed), dtype=torch.float64)  # (W, 1 + M)
     for layer in space.width_layers:
         scaled = prunable_macs(layer, macs)
         assert scaled % layer.units == 0, (layer, scaled)
@@ -186,7 +189,7 @@ def budget_shift(logits: Tensor, temperature: float, macs: MacsModel, target: fl
         macs: T(a) of the U-Net.
         target: T_d, MACs.
     """
-    reach = logits.abs().max().item() + 20 * temperature  # there all gates are closed, or open
+    reach = logits.abs().max().item() + 20 * temperature  # -reach closes all gates, reach opens
     low, high = -reach, reach
     for _ in range(24):
         middle = (low + high) / 2

@@ -40,8 +40,8 @@ from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape, text_
 class Table:
     """Shows what can be pruned of a U-Net, level by level, and what it costs.
 
-    MACs are multiply-accumulates of one image, one forward. The prunable share is what goes when
-    every removable layer is removed and one unit is left in each of the others.
+    MACs are multiply-accumulates of one forward of one image. The prunable share is the share of
+    MACs that is saved if all removable layers go and one unit is left in each of the others.
     """
 
     unet: str = "sd21"
@@ -63,7 +63,7 @@ def level_costs(
 ) -> list[dict[str, Any]]:
     """Units, parameters, MACs and prunable share of MACs of each down, middle and up block.
 
-    What lies outside the blocks is split into `input` and `output`.
+    Layers outside the blocks are listed as `input` and `output`.
 
     Args:
         unet: a diffusers UNet2DConditionModel, on any device.
@@ -151,7 +151,7 @@ def paper_macs(unet: UNet2DConditionModel, *, latent_size: int) -> int:
 def describe(
     name: str, resolution: int | None = None, text_tokens: int = 77, depth: str = "paper"
 ) -> dict[str, Any]:
-    """Units, parameters and MACs of a U-Net, in all and a level.
+    """Units, parameters and MACs of a U-Net, in total and for each level.
 
     Args:
         name: as `load_shape` takes it.
@@ -191,7 +191,7 @@ def describe(
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The levels of a U-Net, one a line, then the whole."""
+    """Print one line for each level of a U-Net, then the total."""
     columns = ("units", "groups", "heads", "ff", "depth")
     unit, per_unit = ("G", 1e9) if found["macs"] >= 1e10 else ("M", 1e6)
     total = {**found, "level": "total", "prunable": 1 - found["floor"]}
@@ -224,7 +224,7 @@ def shape_of(teacher: str) -> UNet2DConditionModel:
 
 
 def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
-    """Bytes in float32 of what one image's forward keeps for a backward pass to its input.
+    """Bytes, in float32, that the forward of one image keeps for a backward pass to its input.
 
     Attention is counted as if it kept its S x S weights; fused kernels do not.
     """
@@ -232,7 +232,7 @@ def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) 
     inputs = example_inputs(model, latent_size, tokens)
     inputs["sample"].requires_grad_()
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # by address, which a storage that lives keeps
+    kept: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that none is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -8,7 +8,7 @@ binary code closes and gives an ordinary, smaller U-Net with the same outputs (f
 
 | symbol | name here | shape |
 |---|---|---|
-| bold u, v | gates, split by `ArchSpace` | (B, D) |
+| bold a = (u, v) | `a`, gates; `ArchSpace.split` gives `u` and `v` | (B, D) |
 | F_l (.) v_l | `scale` on the input of the layer that reads the width | (B, C, h, w), (B, S, C) |
 | u f(F) + (1 - u) F | `blend` on the output of a ResBlock or Transformer | (B, C, h, w) |
 
@@ -51,7 +51,7 @@ from macs import skeleton
 
 
 class GateHandle:
-    """The hooks of `attach_gates`. Without gates set, the U-Net computes what it always did."""
+    """The hooks of `attach_gates`. Until gates are set, the U-Net computes what it did before."""
 
     def __init__(self, unet: UNet2DConditionModel, space: ArchSpace) -> None:
         self.space = space
@@ -66,9 +66,9 @@ class GateHandle:
             self.hooks.append(module.register_forward_hook(partial(self.gate_depth, layer)))
 
     def set_gates(self, a: Tensor | None) -> None:
-        """Use one code for each sample of the batches to come.
+        """Use these gates, one row for each sample, in the batches that follow.
 
-        A batch of k B samples repeats the codes k times, as classifier-free guidance repeats its
+        A batch of k B samples repeats the rows k times, as classifier-free guidance repeats its
         prompts. Gradient checkpointing runs layers again in the backward pass: with it, leave the
         gates as they are until that is over.
 
@@ -159,7 +159,7 @@ def blend(u: Tensor, output: Tensor, features: Tensor) -> Tensor:
 
 
 class SkippedResnet(nn.Module):
-    """What is left of a removed ResBlock: its input, in a decoder without the skip connection."""
+    """Takes a removed ResBlock's place and passes its input on, in a decoder without F_skip."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class SkippedResnet(nn.Module):
 
 
 class SkippedTransformer(nn.Module):
-    """What is left of a removed Transformer: its input."""
+    """Takes a removed Transformer's place and passes its input on."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         return (hidden_states,)
@@ -188,7 +188,7 @@ def keep_channels(module: Any, index: Tensor, axis: int) -> None:
 
 
 def cut_resnet(block: ResnetBlock2D, kept: Tensor) -> None:
-    """Keep the groups `kept` between the two convolutions of a ResBlock."""
+    """Keep the groups numbered `kept`, (K,), between the two convolutions of a ResBlock."""
     norm, width = block.norm2, block.conv2.in_channels
     channels = channels_of_units(kept, width // norm.num_groups)
     keep_channels(block.conv1, channels, 0)
@@ -204,7 +204,7 @@ def cut_resnet(block: ResnetBlock2D, kept: Tensor) -> None:
 
 
 def cut_attention(attention: Attention, kept: Tensor) -> None:
-    """Keep the heads `kept` of an attention."""
+    """Keep the heads numbered `kept`, (K,), of an attention."""
     channels = channels_of_units(kept, attention.to_out[0].in_features // attention.heads)
     for projection in (attention.to_q, attention.to_k, attention.to_v):
         keep_channels(projection, channels, 0)
@@ -214,21 +214,21 @@ def cut_attention(attention: Attention, kept: Tensor) -> None:
 
 
 def cut_feedforward(feedforward: FeedForward, kept: Tensor, units: int) -> None:
-    """Keep the slices `kept` of a feed-forward's width; a gated activation has two projections."""
+    """Keep the slices numbered `kept`, (K,), of a feed-forward's width."""
     projection, inner = feedforward.net[0].proj, feedforward.net[2].in_features
     channels = channels_of_units(kept, inner // units)
-    parts = projection.out_features // inner
+    parts = projection.out_features // inner  # 2 where the activation is gated, as in GEGLU
     keep_channels(projection, repeat_parts(channels, inner, parts), 0)
     keep_channels(feedforward.net[2], channels, 1)
 
 
 def channels_of_units(kept: Tensor, per_unit: int) -> Tensor:
-    """Channel numbers of the units `kept`."""
+    """Numbers of the channels of the units `kept`, (K,) -> (K per_unit,)."""
     return (kept[:, None] * per_unit + torch.arange(per_unit)).flatten()
 
 
 def repeat_parts(channels: Tensor, width: int, parts: int) -> Tensor:
-    """The same channels in each of the `parts` that a projection's output consists of."""
+    """The same channels in each part of a projection's output, (K,) -> (parts K,)."""
     return torch.cat([channels + part * width for part in range(parts)])
 
 
@@ -252,7 +252,7 @@ def cut_in_place(unet: UNet2DConditionModel, space: ArchSpace, code: Tensor) -> 
     code = code.detach().cpu()
     removed = removed_layers(code, space)
     for layer in space.width_layers:
-        module, kept = unet.get_submodule(layer.name), code[layer.span].nonzero().flatten()
+        module, kept = unet.get_submodule(layer.name), code[layer.span].nonzero().flatten()  # (K,)
         if len(kept) == layer.units or inside(layer, removed):
             continue
         if layer.kind == "resnet":

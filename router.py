@@ -8,17 +8,20 @@ similarity afterwards.
 |---|---|---|
 | p | `prompts` | B strings |
 | z | `z`, prompt embeddings | (B, dz) |
-| e, E | `e`, architecture embeddings | (B, D) |
-| A | `router.codes`, one code a row | (N, D) |
-| Q* | the plan of `sinkhorn` | (N, B) |
-| I | `experts`, expert of each prompt | (B,) |
+| e, E | `e`, architecture embeddings, one a row (the paper's E has columns) | (B, D) |
+| A | `router.codes`, one code a row (the paper's A has columns) | (N, D) |
+| Q* | the result of `sinkhorn` | (N, B) |
+| I | `experts`, the number of each prompt's code | (B,) |
 | eta | `router.predictor`: weight W and bias b | (D, dz), (D,) |
+
+Not in the paper, and explained below: delta is `router.own`, (N, D); C is `router.content`,
+(dz, dz); mean z is `router.mean_z`, (dz,), over the training prompts; `router.keys` are (N, D).
 
 Departures from the paper, each with a switch (`settings.py`):
 - A code is a shared part plus its own difference, a_i = b + delta_i, and an embedding is
   e = W C (z - mean z) + b with the same b, the predictor's bias. So what all prompts need is
-  learned from all of them, in both phases, and a code's few samples have to learn only what sets it
-  apart. `shared=False` trains N separate codes.
+  learned from all of them, in both phases, and the few samples of a code have to learn only how it
+  differs. `shared=False` trains N separate codes.
 - The predictor reads C (z - mean z): C keeps what an image's captions have in common and removes
   what their wording adds (`content_map`), so that "a giraffe" and "a flat emoji of a giraffe" are
   routed alike. It is measured once and frozen. With plain z the router sorts by wording. Of 308
@@ -26,8 +29,8 @@ Departures from the paper, each with a switch (`settings.py`):
 - Similarities (Eqs. 7 and 22) are cosines of *centred* vectors, e - b = W C (z - mean z) and
   a_i - mean a. All e and a share the large part b; raw cosines are all near one, and test-time
   routing collapses onto a few experts. `center=False` compares raw vectors, exactly as printed.
-- Both compare embeddings with *keys*: the codes as they start, the centres of their prompts.
-  Eq. 15 then moves codes by image losses alone and embeddings by the contrastive loss alone;
+- Eqs. 7 and 22 compare embeddings with *keys*: copies of the codes as they start, before training
+  moves them. Eq. 15 moves codes by image losses alone and embeddings by the contrastive loss alone;
   nothing pulls a code back to its prompts. `own_keys=False` compares with the codes as trained,
   exactly as printed.
 - Eq. 7 uses A^T E; the cosine is used there too, so that eps = 0.05 means the same for every D and
@@ -59,7 +62,7 @@ from sinkhorn import sinkhorn
 
 MAX_PROMPT_CHARACTERS = 10_000
 
-PART = 16_384  # captions a file of the cache: 50 MB at 768-d
+PART = 16_384  # captions in one file of the cache: 50 MB where dz is 768
 
 
 class PromptEncoder:
@@ -104,22 +107,24 @@ class PromptEncoder:
 def content_map(z: Tensor, images: Tensor, ridge: float = 0.1) -> Tensor:
     """The linear map from a caption to what its image's captions have in common, (dz, dz).
 
-    Ridge regression of the mean embedding of an image's captions on each of them, scaled so that
-    embeddings keep their mean length. Where each image has one caption it is the identity.
+    A linear regression: from the embedding of one caption it predicts the mean embedding of all
+    captions of the same image. The ridge pulls C towards the identity, which it is where each image
+    has one caption. C is scaled so that embeddings keep their mean length.
 
     Args:
         z: embeddings of captions, (P, dz).
-        images: the number of each one's image, (P,).
-        ridge: as a share of the embeddings' mean variance.
+        images: number of the image of each caption, (P,).
+        ridge: weight of the identity, as a share of the embeddings' mean variance.
     """
-    numbers = images.unique(return_inverse=True)[1]
+    images = images.unique(return_inverse=True)[1]  # (P,), renumbered from 0 without gaps
     centred = (z - z.mean(0)).double()  # (P, dz)
-    common = torch.zeros(int(numbers.max()) + 1, z.shape[1], dtype=torch.float64)
-    common.index_add_(0, numbers, centred)
-    common = (common / torch.bincount(numbers)[:, None])[numbers]  # (P, dz), of each one's image
+    mean = torch.zeros(int(images.max()) + 1, z.shape[1], dtype=torch.float64)
+    mean.index_add_(0, images, centred)
+    common = (mean / torch.bincount(images)[:, None])[images]  # (P, dz), mean of the same image
+    # (dz, dz) each; centred.T @ common is the same as common.T @ common
     total, between = centred.T @ centred, common.T @ common
-    noise = ridge * total.trace() / len(total) * torch.eye(len(total), dtype=torch.float64)
-    C = torch.linalg.solve(total + noise, between + noise).T
+    weight = ridge * total.trace() / len(total) * torch.eye(len(total), dtype=torch.float64)
+    C = torch.linalg.solve(total + weight, between + weight).T  # (dz, dz)
     return (C * centred.norm(dim=1).mean() / (centred @ C.T).norm(dim=1).mean()).to(z)
 
 
@@ -133,7 +138,7 @@ class PromptRouter(nn.Module):
         center: compare centred vectors; see the module's header.
         shared: codes are b plus a difference of their own; see the module's header.
         own_keys: route by keys that stay where the codes start; see the module's header.
-        open_logit: where b starts.
+        open_logit: the logit that every unit starts at, until `start` sets others.
     """
 
     mean_z: Tensor
@@ -155,9 +160,9 @@ class PromptRouter(nn.Module):
         self.center, self.shared, self.own_keys = center, shared, own_keys
         self.predictor = nn.Linear(prompt_dim, num_units)
         nn.init.constant_(self.predictor.bias, open_logit)
-        start = torch.full((num_experts, num_units), 0.0 if shared else open_logit)
-        # a code alone has nothing of its own
-        self.own = nn.Parameter(start, requires_grad=num_experts > 1 or not shared)
+        own = torch.full((num_experts, num_units), 0.0 if shared else open_logit)  # (N, D)
+        # a single code is b alone: its own part stays 0
+        self.own = nn.Parameter(own, requires_grad=num_experts > 1 or not shared)
         self.register_buffer("mean_z", torch.zeros(prompt_dim))
         self.register_buffer("content", torch.eye(prompt_dim))
         self.register_buffer("keys", torch.zeros(num_experts, num_units))
@@ -177,7 +182,7 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def start(self, logits: Tensor, weight: Tensor | None = None) -> None:
-        """Let b, and with it every e and code, start at `logits`, (D,), and W at `weight`."""
+        """Set b, and with it every code, to `logits`, (D,), and W to `weight`, (D, dz)."""
         self.predictor.bias.copy_(logits)
         if weight is not None:
             self.predictor.weight.copy_(weight)
@@ -185,7 +190,7 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def shift(self, amount: float) -> None:
-        """Add a number to every logit of every e and every code."""
+        """Add one number to all D logits of every e and every code."""
         self.predictor.bias.add_(amount)
         if not self.shared:
             self.own.add_(amount)
@@ -195,13 +200,13 @@ class PromptRouter(nn.Module):
         """Cosine similarity of each code with each embedding, (B, D) -> (N, B).
 
         Args:
-            codes: what to compare with, (N, D); the keys, or the codes themselves, if absent.
+            codes: what to compare with, (N, D); if absent, the keys or, without keys, the codes.
         """
         A = codes if codes is not None else self.keys if self.own_keys else self.codes  # (N, D)
         if self.center:
-            e = e - self.predictor.bias
-            A = A - A.mean(0) if len(A) > 1 else A
-        return F.normalize(A, dim=-1) @ F.normalize(e, dim=-1).T
+            e = e - self.predictor.bias  # (B, D)
+            A = A - A.mean(0) if len(A) > 1 else A  # (N, D)
+        return F.normalize(A, dim=-1) @ F.normalize(e, dim=-1).T  # (N, B)
 
     def transport_assignment(self, e: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
         """I = argmax over codes of B Q*: experts of a training batch, (B, D) -> (B,) [Eq. 20]"""
@@ -227,16 +232,16 @@ class PromptRouter(nn.Module):
             I, (B,), chosen without gradient, and the codes' rows for it, (B, D), with gradient.
         """
         if transport:
-            everything = e if others is None else torch.cat([e, others])
-            experts = self.transport_assignment(everything, eps, iterations)[: len(e)]
+            E = e if others is None else torch.cat([e, others])  # (B + P, D)
+            experts = self.transport_assignment(E, eps, iterations)[: len(e)]  # (B,)
         else:
-            experts = self.nearest(e)
+            experts = self.nearest(e)  # (B,)
         return experts, self.codes[experts]
 
     def nearest(self, e: Tensor) -> Tensor:
         """The expert whose code has the highest cosine similarity, (B, D) -> (B,) [Eq. 22]
 
-        No prompt influences another's.
+        A prompt's expert does not depend on the other prompts.
         """
         return self.similarity(e).argmax(0)
 
@@ -278,9 +283,9 @@ class PromptRouter(nn.Module):
             transport: without it the clustering is k-means, and clusters have any size.
         """
         generator = step_generator(seed, "codes")
-        z = z[torch.randperm(len(z), generator=generator)[:sample]].to(self.own.device)
+        z = z[torch.randperm(len(z), generator=generator)[:sample]].to(self.own.device)  # (P, dz)
         e = self(z)  # (P, D)
-        centres = e[: self.num_experts].clone()
+        centres = e[: self.num_experts].clone()  # (N, D)
         for _ in range(iterations):
             scores = self.similarity(e, centres)  # (N, P)
             experts = (sinkhorn(scores, iterations=10) if transport else scores).argmax(0)  # (P,)
@@ -304,7 +309,7 @@ class PromptRouter(nn.Module):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of a saved router.
 
-        A router of an earlier version holds its codes whole, and its predictor reads z uncentred.
+        Routers of an earlier version have `codes` instead of `own`, and W z + b for Eq. 4.
         """
         if "codes" in tensors:
             weight, mean = tensors["predictor.weight"], tensors["mean_z"]

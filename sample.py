@@ -1,4 +1,4 @@
-"""Sampling: routes prompts, groups them by expert, denoises each group at once. Eq. 22, App. E.2.
+"""Sampling: routes prompts, groups them by expert, denoises a group at once. Eq. 22, App. E.2.
 
     python sample.py "a giraffe"
     python sample.py "a giraffe" "a slice of pizza" --num-images 4
@@ -10,7 +10,7 @@ From Python:
     result = APTPPipeline.from_pretrained("runs/emoji-0.78")(["a giraffe"])
     result.images[0].save("giraffe.png")
 
-A prompt's image depends on the prompt and its seed alone, up to rounding.
+A prompt's image depends on the prompt and its seed, not on the other prompts, up to rounding.
 
 Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the
 teacher's own (SD 2.1: 7.5, SDXL: 5).
@@ -45,7 +45,7 @@ from prune_unet import cut_expert, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from teacher.model import Teacher, load_teacher
 
-MOST_ROWS, MOST_PIXELS = 400, 60_000  # of a comparison; matplotlib writes up to 2^16 pixels
+MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's limit is 2^16 pixels
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,13 @@ class APTPPipeline:
         guidance_scale: float | None = None,
         batch_size: int = 64,
     ) -> Sampled:
-        """Generate one image a prompt.
+        """Generate one image for each prompt.
 
         Args:
             prompts: P prompts, none empty.
             seeds: one for each prompt; 0, 1, 2, ... if absent.
-            expert: one for all prompts, or one for each; -1 is the unpruned teacher; None asks the
-                router.
+            expert: one for all prompts, or one for each; -1 is the unpruned teacher; with None the
+                router chooses.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
             batch_size: the largest number of images denoised at once.
@@ -240,7 +240,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def comparison(routed: Sampled, others: dict[str, Sampled]) -> Figure:
-    """A row a prompt: the prompt, then its expert's image and the others'. 400 rows at most."""
+    """One row for each prompt: the teacher's image, its expert's, the others'. 400 rows at most."""
     columns = {"teacher": others["teacher"], "routed expert": routed} | others
     rows = [
         (f"{label(prompt, 17, 4)}\nexpert {i}\n{ratio:.2f} of the MACs", [(images, "")])

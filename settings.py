@@ -1,7 +1,7 @@
 """Every hyperparameter, the paper's value beside the embedded default's: App. E.1 and E.2.
 
-A dataclass a stage, which is also its command line; what depends on the target is in the tables
-below them, and `resolve` fills it in. Nothing here computes.
+Each stage has a dataclass, which is also its command line. Values that depend on the target are in
+the tables below the dataclasses, and `resolve` fills them in.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Pruning:
     joint_steps: int | None = None
     """Steps of predictor and codes; by target (paper: 2500)."""
     batch_size: int | None = None
-    """Prompts a step; by target (paper: 1024)."""
+    """Prompts in each step; by target (paper: 1024)."""
     lr: float | None = None
     """AdamW's learning rate; by target (paper: 2e-4)."""
     lr_warmup: int | None = None
-    """Steps in which it rises; by target (paper: 100)."""
+    """Steps in which the rate rises; by target (paper: 100)."""
     lr_decay: float = 0.5
-    """Last share of the steps, in which it falls (paper: constant)."""
+    """Last share of steps, where the rate falls (paper: constant)."""
     predictor_rate: float = 0.002
     """Rate of the predictor's weights, relative to --lr (paper: 1)."""
     weight_decay: float = 0.0
@@ -94,13 +94,13 @@ class Pruning:
     transport: bool = True
     """Assign by transport; no, and no distill: Table 3's second row."""
     eps: float = 0.05
-    """epsilon, its entropy weight (paper: 0.05)."""
+    """epsilon, entropy weight of the transport (paper: 0.05)."""
     sinkhorn_iterations: int = 3
-    """Its iterations (paper: 3)."""
+    """Iterations of the transport (paper: 3)."""
     transport_rows: int = 1024
-    """Prompts it balances; 0: the batch (paper: its batch of 1024)."""
+    """Prompts that it balances; 0: the batch (paper: 1024)."""
     as_printed: bool = False
-    """All departures off; their other flags do not count."""
+    """Turn all departures off; the flags below are ignored."""
     hold_budget: bool = True
     """Hold T(A) at T_d in every step; no: constant lambda_res (paper)."""
     importance_start: bool = True
@@ -108,33 +108,33 @@ class Pruning:
     open_logit: float = 2.0
     """Where logits start without importance (paper: not said)."""
     shared: bool = True
-    """A code is a shared part and its own; no: separate codes (paper)."""
+    """Codes: a shared part plus their own; no: separate (paper)."""
     by_content: bool = True
     """Route by what captions have in common; no: by z (paper)."""
     own_keys: bool = True
-    """Routing is settled when codes start; no: trained on (paper)."""
+    """Routing is fixed once codes start; no: trained on (paper)."""
     center: bool = True
     """Compare centred vectors; no: raw ones (paper)."""
     sample_noise: bool = True
-    """Noise of gates by sample; no: by code (paper: not said)."""
+    """Gates' noise for each sample; no: each code (paper: not said)."""
     common_noise: bool = True
     """One noise for a batch in Eq. 12; no: one for each prompt."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
-    """Of the frozen teacher: fp32, bf16, fp16; the router's is fp32."""
+    """Frozen teacher in fp32, bf16 or fp16; the router is in fp32."""
     resolution: int | None = None
     """Pixels while pruning; the teacher's, at most 256 (paper: 256)."""
     micro_batch: int | None = None
     """Prompts in the U-Net at once; by target (emoji: all, paper: 64)."""
     checkpointing: bool = False
-    """Less memory for one more forward a step."""
+    """Less memory, but one more forward in each step."""
     cache_latents: bool = False
     """Keep a large target's latents on disk."""
     save_every: int = 20
     """Steps between checkpoints."""
     tflops: float = 125.0
-    """TFLOP/s that --dry-run reckons with (A100, bf16: about 125)."""
+    """TFLOP/s that --dry-run assumes (A100, bf16: about 125)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Finetuning:
     steps: int | None = None
     """Steps an expert; by target (emoji: 100, paper: 30000)."""
     batch_size: int | None = None
-    """Images a step; by target (emoji: 32, paper: 128)."""
+    """Images in each step; by target (emoji: 32, paper: 128)."""
     lr: float | None = None
     """AdamW's learning rate; by target (emoji: 2e-4, paper: 1e-5)."""
     alpha_ddpm: float = 1e-4
@@ -171,11 +171,11 @@ class Finetuning:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"
-    """Of the products: fp32, bf16, fp16; an expert's weights are fp32."""
+    """Matrix products in fp32, bf16 or fp16; weights are in fp32."""
     micro_batch: int | None = None
     """Images in the U-Nets at once; by target (emoji: all, else: 32)."""
     checkpointing: bool = False
-    """Less memory for one more forward a step."""
+    """Less memory, but one more forward in each step."""
     save_every: int = 50
     """Steps between checkpoints."""
 

@@ -5,11 +5,11 @@
 | A^T E | `scores`, similarity of each code with each embedding | (N, B) |
 | Q* | the result, the transport plan | (N, B) |
 | epsilon | `eps`, weight of the entropy H(Q) | scalar |
-| m, n | what the two normalisations take out of a row and a column | (N, 1), (1, B) |
+| m, n | not stored: the factors that the two `log_softmax` apply to rows and columns | (N,), (B,) |
 
-Departures from the paper: none in the equations. The iterations run on logarithms, because
-exp(scores / eps) with eps = 0.05 overflows single precision at a similarity of 4.4. There,
-multiplying a row by m so that it sums to a constant is a log-softmax along it.
+Departures from the paper: none in the equations. The iterations run on log Q, because
+exp(scores / eps) with eps = 0.05 overflows single precision at a similarity of 4.4. To scale a row
+of Q so that it sums to 1 is a log-softmax of that row of log Q.
 """
 
 from __future__ import annotations
@@ -45,6 +45,6 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3) -> Tensor:
     work = torch.promote_types(scores.dtype, torch.float32)
     log_Q = scores.detach().to(work) / eps  # (N, B)
     for _ in range(iterations):
-        log_Q = F.log_softmax(log_Q, dim=1)  # equal rows; their 1/N is undone by the next line
-        log_Q = F.log_softmax(log_Q, dim=0)  # columns sum to 1, that is 1/B after the division
-    return (log_Q.exp() / scores.shape[1]).to(scores.dtype)
+        log_Q = F.log_softmax(log_Q, dim=1)  # m: all rows of B Q have the same sum
+        log_Q = F.log_softmax(log_Q, dim=0)  # n: each column of B Q sums to 1
+    return (log_Q.exp() / scores.shape[1]).to(scores.dtype)  # (N, B), B Q divided by B

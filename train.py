@@ -12,25 +12,25 @@ with its gates open. At the end the codes become binary. A killed run goes on wi
 
 The router's part of a step (assignment, resource and contrastive loss) is small and sees the whole
 batch. The U-Net's part is large, and runs on a few prompts at a time, on one machine or on many.
-They meet in one place, the gates (B, D), so accumulating over micro-batches, or sharing a batch out
-among GPUs, changes no result.
+The two parts meet only in the gates, (B, D). So a result does not depend on the number of
+micro-batches or GPUs that a batch is divided among.
 
 | symbol | name here | shape |
 |---|---|---|
-| a | `a`, soft gates of each sample | (B, D) |
+| bold a | `a`, soft gates of each sample; a code of logits is a row of `router.codes` | (B, D) |
 | T(A), T_d | `mean_macs`, `target` | scalar |
 | lambda_res | `lambda_res`: the multiplier that holds the budget, or a constant | scalar |
-| dL/da | `gate_gradient`, of the image losses | (B, D) |
+| dL/da | `gate_gradient`, L being the image losses, weighted and summed | (B, D) |
 
 Departures from the paper, each with a switch; `--as-printed` turns all of them off:
-- `--hold-budget`. T(A) equals T_d in every step: before it, one number is added to the part b that
-  all logits share, so that the batch's soft gates cost T_d; and lambda_res is the Lagrange
-  multiplier with which Eq. 15's gradient moves along T(A) = T_d. With the printed constant weight
-  the image losses win: at a budget of 0.5 the soft gates end at 0.83, and the last third is cut
-  without training.
-- `--importance-start`. Logits start at the units' Taylor importance, the predictor's weights at its
-  regression on the prompt, so that e is the prompt's architecture from the first step. The paper
-  does not say where they start.
+- `--hold-budget`. T(A) equals T_d in every step. Before a step, one number is added to the part b
+  that all logits share, so that the batch's soft gates cost T_d; lambda_res is the Lagrange
+  multiplier for which Eq. 15's gradient does not change T(A). With the printed constant weight the
+  image losses win: at a budget of 0.5 the soft gates end at 0.83, and the last third is cut without
+  training.
+- `--importance-start`. Logits start at the units' Taylor importance, and the predictor's weights at
+  a regression of that importance on the prompt, so that e is the prompt's architecture from the
+  first step. The paper does not say where they start.
 - `--sample-noise`, `--common-noise`. Eq. 9's noise is sampled for each sample, not for each code,
   so that a step sees as many architectures as samples. In the contrastive loss one noise serves the
   whole batch: noise of their own makes e' dissimilar even if all e are the same.
@@ -73,7 +73,7 @@ from teacher.model import Noised, Teacher
 
 TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio"]
 TERMS += ["lambda_res", "perplexity"]
-HALF_SCALE = 1024.0  # of a sample's loss in half precision, undone in its gradient
+HALF_SCALE = 1024.0  # multiplies a sample's loss in half precision; gradients are divided by it
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -115,11 +115,11 @@ class PruningStep:
             batch: noised latents of the rows `own`, (b, ...).
             generator: the step's randomness, the same in every process.
             warmup: each prompt is pruned by its own architecture e'.
-            own: this process's rows of the batch, (b,); all if absent.
+            own: numbers of this process's rows of the batch, (b,); all if absent.
             others: embeddings of further prompts for the transport, (P, dz).
         """
         cfg, B = self.cfg, len(z)
-        experts = None  # (B,)
+        experts = None  # (B,); None while warming up
         if not warmup:
             with torch.no_grad():
                 further = None if others is None else self.router(others)
@@ -138,7 +138,7 @@ class PruningStep:
         mean_macs = self.macs(a).mean()  # T(A) = sum_i B_i / B T(a_i)
         resource = losses.resource_loss(mean_macs, self.target)
         lambda_res = torch.tensor(cfg.lambda_res)
-        if cfg.hold_budget:  # there R is 0, with a kink; its signed form has the gradient
+        if cfg.hold_budget:  # R = |log T / T_d| is 0 and has no gradient; without | | it has one
             resource = torch.log(mean_macs / self.target)
             (price,) = torch.autograd.grad(resource, a, retain_graph=True)  # (B, D)
             lambda_res = losses.budget_multiplier(gate_gradient, price, a.detach(), cfg.gumbel_temp)
@@ -149,7 +149,7 @@ class PruningStep:
         # The U-Net's graph is gone by now. This term is zero, and its gradient with respect to a is
         # `gate_gradient`: through it, backward carries the image losses on into the router.
         loss = loss + (gate_gradient * (a - a.detach())).sum()
-        share = torch.full((B,), 1 / B)  # of the prompts, by architecture
+        share = torch.full((B,), 1 / B)  # of the prompts, for each architecture: (B,) or (N,)
         if experts is not None:
             share = torch.bincount(experts.cpu(), minlength=cfg.num_experts) / B
         return {
@@ -164,7 +164,7 @@ class PruningStep:
         }
 
     def logits(self, z: Tensor, experts: Tensor | None) -> Tensor:
-        """What the gates of each sample are made of: e in the warm-up, then its code, (B, D)."""
+        """Logits of each sample's gates: e in the warm-up, afterwards its code, (B, D)."""
         return self.router(z) if experts is None else self.router.codes[experts]
 
     def noise(
@@ -187,7 +187,7 @@ class PruningStep:
 
         Args:
             a: gates of the whole batch, (B, D), without gradient.
-            weights: what each sample counts, (B,).
+            weights: of each sample in Eq. 15, (B,).
             batch, rows: noised latents of this process's rows, (b, ...), and those rows, (b,).
 
         Returns:
@@ -291,7 +291,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             warmup = step < cfg.warmup_steps
             if step == cfg.warmup_steps and cfg.num_experts > 1:
                 router.start_codes(z, seed=cfg.seed, transport=cfg.transport)
-            # with keys that stay, embeddings stay too
+            # keys are fixed in the joint phase; so that routing is too, W stays as it is
             router.predictor.weight.requires_grad_(warmup or not cfg.own_keys)
             generator = step_generator(cfg.seed, "train", step)
             rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
