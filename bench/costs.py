@@ -117,9 +117,9 @@ def random_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of one call of a U-Net; a sample's guidance doubles the conditions."""
     one = example_inputs(unet, latent_size, TEXT_TOKENS, device)
-    draw = step_generator(SEED, "inputs")
+    generator = step_generator(SEED, "inputs")
     for name in ("sample", "encoder_hidden_states"):
-        one[name] = torch.randn(one[name].shape, generator=draw).to(device)
+        one[name] = torch.randn(one[name].shape, generator=generator).to(device)
     inputs = repeated(one, variant.batch * (2 if variant.steps else 1), variant.dtype)
     return inputs | {"sample": repeated(one["sample"], variant.batch, variant.dtype)}
 

@@ -34,15 +34,15 @@ PROMPTS = 64  # a step on the pocket teacher's shape
 def noised(unet, size, latent_size, tokens, device):
     """A noised batch. The values do not matter to the clock, as long as they are ordinary."""
     one = example_inputs(unet, latent_size, tokens, device)
-    draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-    sample = torch.randn(size, *one["sample"].shape[1:], **draw)
-    conditions = Conditions(torch.randn(size, *one["encoder_hidden_states"].shape[1:], **draw))
+    how = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    sample = torch.randn(size, *one["sample"].shape[1:], **how)
+    conditions = Conditions(torch.randn(size, *one["encoder_hidden_states"].shape[1:], **how))
     if "added_cond_kwargs" in one:  # SDXL's: pooled text, and sizes
         pooled, sizes = (one["added_cond_kwargs"][key] for key in ("text_embeds", "time_ids"))
-        pooled = torch.randn(size, *pooled.shape[1:], **draw)
+        pooled = torch.randn(size, *pooled.shape[1:], **how)
         conditions = Conditions(conditions.text, pooled, sizes.expand(size, -1))
-    t = torch.randint(1000, (size,), **draw)
-    return Noised(sample, t, conditions, torch.randn(sample.shape, **draw))
+    t = torch.randint(1000, (size,), **how)
+    return Noised(sample, t, conditions, torch.randn(sample.shape, **how))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def stepper(unet, num_experts, batch):
     router = PromptRouter(PROMPT_DIM, gates.space.size, num_experts).to(batch.sample.device)
     cfg = Pruning(num_experts=num_experts)
     step = PruningStep(cfg, SimpleNamespace(unet=unet), router, gates, macs)
-    draw = torch.Generator().manual_seed(0)
-    z = torch.randn(len(batch.sample), PROMPT_DIM, generator=draw).to(batch.sample.device)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(len(batch.sample), PROMPT_DIM, generator=generator).to(batch.sample.device)
 
     def pruning():
         router.zero_grad()

@@ -82,7 +82,7 @@ def measured(what: str, arguments: list[str]) -> dict[str, float]:
 def test_pruning_at_the_true_shape(benchmark, request, tmp_path, shape):
     if not any("test_scale" in given for given in request.config.args):
         pytest.skip("takes minutes and up to 16 GB; name bench/test_scale.py to run it")
-    run, drawn = tmp_path / "run", tmp_path / "drawn"
+    run, images = tmp_path / "run", tmp_path / "images"
     units, most, precision, options = SHAPES[shape]
     teacher, same = f"{shape}-random", f"--precision={precision}"
     # bf16 as on a CPU that has it; `bf16.py` says how
@@ -93,7 +93,7 @@ def test_pruning_at_the_true_shape(benchmark, request, tmp_path, shape):
     commands = {
         "pruning": [*train, f"--teacher={teacher}", *options.split(), same, f"--out={run}"],
         "cut, save, load": ["-c", CUT, "--run", str(run), teacher, precision],
-        "two denoising steps": [*sample, same, f"--run={run}", f"--out={drawn}"],
+        "two denoising steps": [*sample, same, f"--run={run}", f"--out={images}"],
     }
     found = benchmark.pedantic(
         lambda: {what: measured(what, arguments) for what, arguments in commands.items()}, rounds=1
@@ -103,7 +103,7 @@ def test_pruning_at_the_true_shape(benchmark, request, tmp_path, shape):
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + steps
     summary = read_json(run / "summary.json")
     assert summary["units"] == units and summary["macs_ratio_mean"] == pytest.approx(0.78, rel=0.01)
-    with Image.open(drawn / "giraffe-0.png") as image:
+    with Image.open(images / "giraffe-0.png") as image:
         assert image.size == (256, 256)
     shutil.rmtree(run)
     assert max(used["peak"] for used in found.values()) < most

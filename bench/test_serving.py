@@ -1,11 +1,11 @@
-"""What it costs to serve prompts: routing them, drawing them expert by expert, loading an expert.
+"""What it costs to serve prompts: routing, sampling expert by expert, loading an expert.
 
     pytest bench/test_serving.py --benchmark-only
 
-Drawings are made with the pocket teacher, on a GPU with SD 2.1's shape. The eight experts have one
-architecture, so that a mixed batch differs from one expert's in the grouping alone. Its price is a
-forward's fixed cost (calling operators, reading weights), paid for each group: on the pocket U-Net
-as much as drawing several images takes, on SD 2.1's less than drawing one.
+Images are generated with the pocket teacher on a CPU, and with SD 2.1's shape on a GPU. The eight
+experts have one architecture, so a mixed batch differs from one expert's only in the grouping. Each
+group pays a forward's fixed cost (calling operators, reading weights): on the pocket U-Net as much
+as generating several images takes, on SD 2.1's less than generating one.
 """
 
 import pytest
@@ -25,7 +25,7 @@ from teacher.shapes import PIXELS, load_shape
 EXPERTS = 8
 BUDGET = 0.78
 PROMPTS = 64
-ONE_BY_ONE = 8  # of these prompts, drawn one at a time
+ONE_BY_ONE = 8  # of these prompts, sampled one at a time
 STEPS = 25
 TEACHERS = {"cpu": ("pocket", "pocket", 64, "fp32"), "cuda": ("sd21-random", "sd21", 256, "fp16")}
 
