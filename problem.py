@@ -33,12 +33,12 @@ from targets.images import CaptionedImages, load_target
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
-TAYLOR_BATCHES = 16  # that importance is taken over
-INTERVALS = 20  # of the noise schedule, by which importance weighs timesteps
-LEAST_LOSS = 0.05  # of the highest interval's; gradients of intervals below it do not count
-WORDINGS_OF = 300  # images whose captions tell content from wording
-START_SPREAD, START_LIMIT, START_WEIGHT = 1.5, 4.0, 5.0  # of logits that start at the importance
-START_BATCHES, RIDGE, LIMIT = 32, 3.0, 5.0  # of the regression that the predictor starts at
+TAYLOR_BATCHES = 16  # batches that importance is averaged over
+INTERVALS = 20  # equal parts of the noise schedule; importance is averaged in each, then summed
+LEAST_LOSS = 0.05  # intervals whose loss is below this share of the highest are left out
+WORDINGS_OF = 300  # images whose captions `content_map` compares
+START_SPREAD, START_LIMIT, START_WEIGHT = 1.5, 4.0, 5.0  # logits' deviation, limit; factor of W
+START_BATCHES, RIDGE, LIMIT = 32, 3.0, 5.0  # batches, ridge, largest value of W's regression
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Problem:
     validation: CaptionedImages
     encoder: PromptEncoder
     z: Tensor  # embeddings of the training prompts, (rows, dz)
-    content: Tensor  # what of them counts for routing, (dz, dz)
+    content: Tensor  # C, the map of `content_map`, (dz, dz)
     encoded: Encoded  # the training rows as the U-Net reads them
-    seconds: float  # that encoding took
+    seconds: float  # spent on encoding
 
     def start_router(self) -> PromptRouter:
         """An untrained router on the teacher's device."""
@@ -86,15 +86,15 @@ class Problem:
 
         Args:
             rows: row numbers, (b,).
-            own: their places in a batch of `batch_size`, (b,), of which each process has a part;
-                absent where `rows` are a batch of their own.
+            own: their places in the whole batch of `batch_size` rows, (b,), of which each process
+                has a part; if absent, `rows` are the whole batch.
             dropout: share of captions replaced by the empty one.
         """
         latents, conditions = self.encoded.batch(rows)
         B = len(rows) if own is None else self.cfg.batch_size
         assert B
         if dropout:
-            dropped = torch.rand(B, generator=generator) < dropout
+            dropped = torch.rand(B, generator=generator) < dropout  # (B,)
             dropped = dropped if own is None else dropped[own]
             conditions = conditions.drop(dropped, self.teacher.empty_conditions().to("cpu"))
         return add_noise(self.teacher, latents, conditions, generator, own, B)
@@ -148,7 +148,7 @@ def prepare(cfg: Pruning) -> Problem:
 def gate_gradients(problem: Problem, batches: int) -> Iterator[tuple[Tensor, ...]]:
     """|dL/da| at open gates, L the denoising loss, of this process's samples of some batches.
 
-    To first order, and but for the sign, what L changes by as a unit is removed.
+    To first order, L changes by this much, up or down, when a unit is removed.
 
     Yields:
         Of a micro-batch the row numbers, (b,), the intervals of the schedule that the timesteps lie
@@ -170,7 +170,7 @@ def gate_gradients(problem: Problem, batches: int) -> Iterator[tuple[Tensor, ...
                 gates.set_gates(a)
                 output = teacher.unet(**part.inputs()).sample
                 loss = losses.denoising_loss(output, part.target)  # (b,)
-                (gradient,) = torch.autograd.grad(loss.sum(), a)  # (b, D), a row a sample
+                (gradient,) = torch.autograd.grad(loss.sum(), a)  # (b, D), one row a sample
                 interval = part.t * INTERVALS // timesteps
                 yield rows[places], interval.cpu(), loss.detach().cpu(), gradient.abs().cpu()
     finally:
@@ -187,37 +187,36 @@ def summed(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 def taylor_importance(
     problem: Problem, clusters: Tensor | None = None, batches: int | None = None
 ) -> Tensor:
-    """Mean |dL/da| at open gates a sample, summed over the schedule's intervals, (K, D).
+    """|dL/da| at open gates, averaged over an interval's samples, summed over intervals, (K, D).
 
     Intervals where the denoising loss L is below `LEAST_LOSS` of the highest do not count.
 
     Args:
-        clusters: a number below K for each training row, (rows,), to tell rows apart; one cluster
-            if absent.
-        batches: training batches to look at; `TAYLOR_BATCHES` if absent.
+        clusters: cluster of each training row, (rows,), in [0, K); if absent, K = 1.
+        batches: number of training batches; `TAYLOR_BATCHES` if absent.
     """
     if clusters is None:
         clusters = torch.zeros(len(problem.z), dtype=torch.long)
     K, D = int(clusters.max()) + 1, problem.space.size
-    loss, count = torch.zeros(INTERVALS), torch.zeros(K * INTERVALS)
-    change = torch.zeros(K * INTERVALS, D)
+    loss, count = torch.zeros(INTERVALS), torch.zeros(K * INTERVALS)  # (intervals,), (cells,)
+    change = torch.zeros(K * INTERVALS, D)  # (cells, D); a cell is an interval of a cluster
     for rows, interval, sample_loss, gradient in gate_gradients(problem, batches or TAYLOR_BATCHES):
         loss.index_add_(0, interval, sample_loss)
-        cell = clusters[rows] * INTERVALS + interval
+        cell = clusters[rows] * INTERVALS + interval  # (b,)
         change.index_add_(0, cell, gradient)
         count += torch.bincount(cell, minlength=K * INTERVALS)
     loss, count, change = summed(problem.teacher.device, loss, count, change)
     mean_loss = loss / count.view(K, INTERVALS).sum(0).clamp(min=1)  # (INTERVALS,)
-    counts = mean_loss > LEAST_LOSS * mean_loss.max()
-    return (change / count.clamp(min=1)[:, None]).view(K, INTERVALS, D)[:, counts].sum(1)
+    used = mean_loss > LEAST_LOSS * mean_loss.max()  # (intervals,)
+    return (change / count.clamp(min=1)[:, None]).view(K, INTERVALS, D)[:, used].sum(1)  # (K, D)
 
 
 def importance_start(problem: Problem) -> tuple[Tensor, Tensor]:
     """Where the architecture predictor starts: b, (D,), and W, (D, dz), so that e is importance.
 
-    b is the logarithm of the mean importance, standardised and limited. W is a ridge regression of
-    what a unit's importance to a sample is, relative to its mean at such timesteps, on the sample's
-    prompt, C (z - mean z), times `START_WEIGHT`.
+    b is the logarithm of the units' importance, standardised and limited. W is a ridge regression,
+    times `START_WEIGHT`: from a sample's prompt, C (z - mean z), it predicts |dL/da| of the sample,
+    relative to the mean over samples in the same interval of the schedule.
     """
     found = gate_gradients(problem, START_BATCHES)
     rows, interval, loss, gradient = (torch.cat(part) for part in zip(*found, strict=True))
@@ -232,7 +231,7 @@ def importance_start(problem: Problem) -> tuple[Tensor, Tensor]:
     relative = (gradient / mean[interval].clamp(min=1e-12)).clamp(max=LIMIT) - 1  # (n, D)
     x = (problem.z[rows] - problem.z.mean(0)) @ problem.content.T  # (n, dz)
     xx, xy, sum_x, sum_y = summed(device, x.T @ x, x.T @ relative, x.sum(0), relative.sum(0))
-    xy = xy - sum_x[:, None] * sum_y / counts.sum()
+    xx, xy = (s - sum_x[:, None] * t / counts.sum() for s, t in ((xx, sum_x), (xy, sum_y)))
     W = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx)), xy).T  # (D, dz)
     scale = START_SPREAD / scores.clamp(min=1e-12).log().std().clamp(min=1e-6)
     return importance_logits(scores), START_WEIGHT * scale * W
@@ -285,11 +284,11 @@ def write_results(
     `summary.json` comes last.
 
     Args:
-        cfg: `Pruning`, with what depends on the target filled in.
-        problem: `problem.Problem`.
-        router: trained, or, of a method with one expert, any.
-        seconds: what the stages took.
-        codes: binary codes of another method, (N, D); the router's, made binary, if absent.
+        cfg: what `settings.resolve` returns.
+        problem: what the method was given.
+        router: trained; for a method with one expert, any router.
+        seconds: time of each stage.
+        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
         method: its name.
     """
     assert cfg.out

@@ -392,3 +392,44 @@ def distance(problem, code) -> float:
     found = unet(**batch.inputs()).sample
     gates.detach()
     return losses.per_sample_mse(found, expected).mean().item()
+
+
+# ---- controls ----
+
+
+class Rows(list):
+    """Rows of which any may be taken."""
+
+    def take(self, rows: list[int]) -> list[int]:
+        return rows
+
+
+def test_distances_are_those_of_the_experts_that_are_cut_out(problem_of, smallest, monkeypatch):
+    """Each sample through a U-Net cut for it; exchanged, and one code of the mean, likewise."""
+    problem = problem_of(smallest)
+    teacher, macs, space, N = problem.teacher, problem.macs, problem.space, 3
+    logits = torch.randn(N, space.size, generator=torch.Generator().manual_seed(2))
+    codes = meet_budget(logits, torch.ones(N), macs, 0.6)
+    own = torch.tensor([k * k % N for k in range(len(problem.z))])  # unequal shares
+    data = Rows(range(len(problem.z)))
+    monkeypatch.setattr(baselines, "encode_target", lambda *_: problem.encoded)
+    found = baselines.output_distances(teacher, data, codes, own, macs)
+
+    rows = torch.arange(len(own))
+    noised = add_noise(teacher, *problem.encoded.batch(rows), step_generator(0, "distance", 0))
+    shares = torch.bincount(own, minlength=N) / len(own)
+    budget = (shares.double() @ macs(codes)).item() / macs.dense
+    static = meet_budget(shares[None] @ codes, torch.ones(1), macs, budget)
+    expected = {"distance": codes[own], "distance_exchanged": codes[(own + 1) % N]}
+    expected["distance_static"] = static.expand(len(own), -1)
+    for name, of_rows in expected.items():
+        total = 0.0
+        for row in rows.tolist():
+            inputs = noised.part(rows[row : row + 1]).inputs()
+            with torch.no_grad():
+                difference = cut_expert(smallest, of_rows[row], space)(**inputs).sample
+                difference -= smallest(**inputs).sample
+            total += difference.square().mean().item()
+        assert found[name] == pytest.approx(total / len(own), rel=1e-4), name
+    alone = baselines.output_distances(teacher, data, torch.ones(1, space.size), 0 * own, macs)
+    assert alone == {"distance": pytest.approx(0, abs=1e-10)}

@@ -1,6 +1,7 @@
 """What a pruning method is given: noised rows, and the importance that codes start from."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 import losses
@@ -202,6 +204,35 @@ def test_logits_start_at_the_standardised_logarithm(seed, spread, K):
     assert torch.allclose(logits.flatten(), torch.tensor(expected), atol=1e-3)
     scaled = problems.importance_logits(100 * scores)  # a loss in other units
     assert torch.allclose(scaled, logits, atol=1e-3)
+
+
+def test_the_predictor_starts_at_the_ridge_regression_of_importance(
+    problem_of, smallest, monkeypatch
+):
+    """Against scikit-learn's, of gradients that depend on the prompt as planted."""
+    problem = problem_of(smallest)
+    D, dz, rows = problem.space.size, problem.z.shape[1], torch.arange(ROWS).repeat(40)
+    generator = torch.Generator().manual_seed(1)
+    content = torch.eye(dz) + 0.1 * torch.randn(dz, dz, generator=generator)
+    problem = dataclasses.replace(problem, content=content)
+    x = (problem.z - problem.z.mean(0)) @ problem.content.T  # (ROWS, dz)
+    planted = 0.02 * torch.randn(D, dz, generator=generator)
+    level = torch.rand(2, D, generator=generator) + 0.5  # of two intervals of the schedule
+    interval = torch.arange(len(rows)) % 2
+    wanted = 1 + x[rows] @ planted.T + 0.1 * torch.randn(len(rows), D, generator=generator)
+    gradient = level[interval] * wanted
+    halves = [part.chunk(2) for part in (rows, interval, torch.ones(len(rows)), gradient)]
+    monkeypatch.setattr(problems, "gate_gradients", lambda *_: zip(*halves, strict=True))
+    b, W = problems.importance_start(problem)
+    mean = torch.stack([gradient[interval == k].mean(0) for k in (0, 1)])
+    relative = gradient / mean[interval] - 1
+    assert relative.max() < problems.LIMIT - 1
+    ridge = Ridge(alpha=problems.RIDGE).fit(x[rows].double().numpy(), relative.double().numpy())
+    scale = problems.START_SPREAD / mean.sum(0).log().std()
+    found = W / (problems.START_WEIGHT * scale)
+    assert torch.allclose(found, torch.from_numpy(ridge.coef_).to(W), atol=1e-4)
+    assert torch.allclose(b, problems.importance_logits(mean.sum(0)), atol=1e-5)
+    assert torch.corrcoef(torch.stack([found.flatten(), planted.flatten()]))[0, 1] > 0.9
 
 
 def test_units_without_importance_start_lowest_and_finite():
