@@ -18,10 +18,10 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(RUN) train.py --out runs/emoji-0.78
-	$(RUN) finetune.py --run runs/emoji-0.78
-	$(RUN) sample.py --run runs/emoji-0.78 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.78/samples
-	$(RUN) evaluate.py --run runs/emoji-0.78
+	$(RUN) train.py --budget 0.64 --out runs/emoji-0.64
+	$(RUN) finetune.py --run runs/emoji-0.64
+	$(RUN) sample.py --run runs/emoji-0.64 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.64/samples
+	$(RUN) evaluate.py --run runs/emoji-0.64
 
 test: setup
 	$(RUN) -m pytest -q
