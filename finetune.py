@@ -1,7 +1,7 @@
 """The fine-tuning stage: Sec. 3.4 and App. D.5, Eq. 30.
 
     python finetune.py                       # every expert of the newest run
-    python finetune.py --run runs/emoji-0.78 --expert 3
+    python finetune.py --run runs/emoji-0.64 --expert 3
 
 Each expert is cut out of the teacher and trained, all weights, on the training prompts that the
 router sends to it, with the teacher's output and block outputs as targets. Experts do not depend on
