@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 
 from bench import table
 from bench.costs import (
-    TEXT_TOKENS,
     Experts,
     pick_experts,
     seconds,
@@ -22,7 +21,7 @@ from bench.costs import (
 from common.errors import UserError, quiet_libraries
 from common.runs import RUNS
 from macs import MacsModel, measure_macs
-from teacher.shapes import PIXELS, load_shape
+from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -107,7 +106,7 @@ def experts(request: pytest.FixtureRequest) -> Experts:
 
 @pytest.fixture(scope="session")
 def macs(unet: UNet2DConditionModel, experts: Experts, latent_size: int) -> MacsModel:
-    return measure_macs(unet, experts.space, latent_size=latent_size, text_tokens=TEXT_TOKENS)
+    return measure_macs(unet, experts.space, latent_size=latent_size, text_tokens=CLIP_TOKENS)
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from gates import ArchSpace
 from macs import MacsModel, example_inputs, measure_macs, meet_budget, skeleton
 from plan import paper_macs
 from prune_unet import cut_in_place
+from teacher.shapes import CLIP_TOKENS
 
 TABLE_4 = (0.65, 0.77, 0.78, 0.79, 0.79, 0.80, 0.81, 0.83)  # MACs ratios of APTP-Base on COCO
 SEED = 0
-TEXT_TOKENS = 77
 GUIDANCE = 7.5
 
 
@@ -116,7 +116,7 @@ def random_inputs(
     unet: UNet2DConditionModel, variant: Variant, latent_size: int, device: torch.device
 ) -> dict[str, Any]:
     """Keyword arguments of one call of a U-Net; a sample's guidance doubles the conditions."""
-    one = example_inputs(unet, latent_size, TEXT_TOKENS, device)
+    one = example_inputs(unet, latent_size, CLIP_TOKENS, device)
     generator = step_generator(SEED, "inputs")
     for name in ("sample", "encoder_hidden_states"):
         one[name] = torch.randn(one[name].shape, generator=generator).to(device)
@@ -187,7 +187,7 @@ def experts_of_run(folder: Path, unet: UNet2DConditionModel) -> Experts:
 def random_experts(unet: UNet2DConditionModel, latent_size: int) -> Experts:
     """Eight codes that meet the budgets of Table 4, made from random logits."""
     space = ArchSpace.from_unet(unet)
-    macs = measure_macs(unet, space, latent_size=latent_size, text_tokens=TEXT_TOKENS)
+    macs = measure_macs(unet, space, latent_size=latent_size, text_tokens=CLIP_TOKENS)
     codes = []
     for i, budget in enumerate(TABLE_4):
         logits = torch.randn(1, space.size, generator=step_generator(SEED, "codes", i))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import losses
-from bench.costs import TEXT_TOKENS, with_random_weights
+from bench.costs import with_random_weights
 from macs import example_inputs, measure_macs, skeleton
 from prune_unet import attach_gates
 from router import PromptRouter
@@ -22,7 +22,7 @@ from sinkhorn import sinkhorn
 from teacher.blocks import BlockRecorder
 from teacher.conditions import Conditions
 from teacher.model import Noised
-from teacher.shapes import PIXELS, load_shape
+from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 from train import PruningStep
 
 BATCH = 2
@@ -49,7 +49,7 @@ def noised(unet, size, latent_size, tokens, device):
 def batch(unet, request, device):
     """At the paper's training resolution, unless the user chooses."""
     pixels = request.config.getoption("--bench-pixels") or 256
-    return noised(unet, BATCH, pixels // PIXELS, TEXT_TOKENS, device)
+    return noised(unet, BATCH, pixels // PIXELS, CLIP_TOKENS, device)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.costs import SEED, TEXT_TOKENS
+from bench.costs import SEED
 from common.files import save_tensors, write_json
 from common.randomness import step_generator
 from macs import measure_macs, meet_budget
@@ -20,7 +20,7 @@ from prune_unet import cut_expert, load_expert, save_expert
 from router import PromptEncoder, PromptRouter
 from sample import APTPPipeline
 from targets.images import load_target
-from teacher.shapes import PIXELS, load_shape
+from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 
 EXPERTS = 8
 BUDGET = 0.78
@@ -56,7 +56,7 @@ def pipeline(captions, device, tmp_path_factory):
     """A run with eight experts of one architecture, that share the prompts."""
     folder = tmp_path_factory.mktemp("runs") / "mixed"
     name, shape, pixels, precision = TEACHERS[device.type]
-    sizes = {"latent_size": pixels // PIXELS, "text_tokens": TEXT_TOKENS}
+    sizes = {"latent_size": pixels // PIXELS, "text_tokens": CLIP_TOKENS}
     macs = measure_macs(load_shape(shape), **sizes)
     logits = torch.randn(1, macs.space.size, generator=step_generator(SEED, "mixed"))
     code = meet_budget(logits, torch.ones(1), macs, BUDGET)
