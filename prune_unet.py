@@ -242,7 +242,7 @@ def check_code(code: Tensor, space: ArchSpace) -> None:
         if not code[layer.span].any() and not inside(layer, removed):
             raise ValueError(
                 f"the code leaves nothing of {layer.name}; "
-                "`gates.binarize(code, space)` keeps a unit a layer"
+                "`gates.binarize(code, space)` keeps a unit of each layer"
             )
 
 

@@ -8,8 +8,8 @@ similarity afterwards.
 |---|---|---|
 | p | `prompts` | B strings |
 | z | `z`, prompt embeddings | (B, dz) |
-| e, E | `e`, architecture embeddings, one a row (the paper's E has columns) | (B, D) |
-| A | `router.codes`, one code a row (the paper's A has columns) | (N, D) |
+| e, E | `e`, architecture embeddings, one in each row (in the paper's E: column) | (B, D) |
+| A | `router.codes`, one in each row (in the paper's A: column) | (N, D) |
 | Q* | the result of `sinkhorn` | (N, B) |
 | I | `experts`, the number of each prompt's code | (B,) |
 | eta | `router.predictor`: weight W and bias b | (D, dz), (D,) |

@@ -264,7 +264,7 @@ class Config:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """What to generate."""
     prompts_file: Path | None = None
-    """A file of prompts, one a line."""
+    """A file of prompts, one on each line."""
     num_images: int = 1
     """Images a prompt."""
     seed: int = 0
