@@ -73,7 +73,9 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
                 )
         if key == "r1" and teacher:
             axes.axhline(statistics.fmean(teacher), color="grey", label="teacher")
-            axes.axhline(0.9 * statistics.fmean(teacher), color="grey", linestyle=":")
+            axes.axhline(
+                0.9 * statistics.fmean(teacher), color="grey", linestyle=":", label="0.9 of it"
+            )
         axes.set(xlabel="share of the teacher's MACs", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_yscale("log")

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 import losses
 import problem as problems
 from common.errors import UserError
+from common.files import load_tensors
 from common.randomness import batch_rows, step_generator
+from macs import meet_budget
 from prune_unet import attach_gates, gated_module
 from teacher.model import Noised
 
@@ -239,6 +243,28 @@ def test_units_without_importance_start_lowest_and_finite():
     logits = problems.importance_logits(torch.tensor([0.0, 1e-3, 1e-2, 0.0]))
     assert logits.isfinite().all() and logits[0] == logits[3] < logits[1] < logits[2]
     assert problems.importance_logits(torch.ones(5)).tolist() == [0.0] * 5
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_routers_codes_are_written_with_widths_that_fit(problem_of, smallest, tmp_path, align):
+    problem = problem_of(smallest, align=align, out=tmp_path)
+    captions = SimpleNamespace(captions=["a giraffe"] * ROWS)
+    encoder = Mock(return_value=problem.z)
+    encoder.name = "none"
+    problem = dataclasses.replace(problem, data=captions, validation=captions, encoder=encoder)
+    router = problem.start_router()
+    router.start_codes(problem.z)
+    problems.write_results(problem.cfg, problem, router, {})
+    codes = load_tensors(tmp_path / "codes.safetensors")[0]["codes"].float()
+    shares = torch.bincount(router.route(problem.z), minlength=len(codes)) / ROWS
+    expected = meet_budget(router.codes, shares, problem.macs, problem.cfg.budget, align)
+    assert torch.equal(codes, expected)
+    if align > 1:
+        other = meet_budget(router.codes, shares, problem.macs, problem.cfg.budget)
+        assert not torch.equal(codes, other)
 
 
 # ---- a run's target ----
