@@ -68,9 +68,9 @@ ROUTED = ("routed-sp",)  # methods with a code for each of `num_experts` cluster
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
-def close_lowest(scores: Tensor, macs: MacsModel, budget: float, align: int) -> Tensor:
+def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
     """Scores (D,) -> gates in {0, 1}, (1, D), that meet the budget."""
-    return meet_budget(scores[None], torch.ones(1), macs, budget, align)
+    return meet_budget(scores[None], torch.ones(1), macs, budget)
 
 
 def dense(problem: Problem, router: PromptRouter) -> Tensor:
@@ -82,7 +82,7 @@ def random(problem: Problem, router: PromptRouter) -> Tensor:
     """A code that closes units at random, (1, D)."""
     generator = step_generator(problem.cfg.seed, "random code")
     scores = torch.rand(problem.space.size, generator=generator)  # (D,)
-    return close_lowest(scores, problem.macs, problem.cfg.budget, problem.cfg.align)
+    return close_lowest(scores, problem.macs, problem.cfg.budget)
 
 
 # ---- norm ----
@@ -91,7 +91,7 @@ def random(problem: Problem, router: PromptRouter) -> Tensor:
 def norm(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that closes units of small weights, (1, D). Li et al., 2017."""
     scores = relative_norms(problem.teacher.unet, problem.space)
-    return close_lowest(scores, problem.macs, problem.cfg.budget, problem.cfg.align)
+    return close_lowest(scores, problem.macs, problem.cfg.budget)
 
 
 @torch.no_grad()
@@ -140,9 +140,7 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
 
 def sp(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
-    return close_lowest(
-        taylor_importance(problem)[0], problem.macs, problem.cfg.budget, problem.cfg.align
-    )
+    return close_lowest(taylor_importance(problem)[0], problem.macs, problem.cfg.budget)
 
 
 def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
@@ -155,7 +153,7 @@ def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
     clusters = router.route(problem.z).cpu()  # (rows,)
     scores = taylor_importance(problem, clusters, ROUTED_BATCHES)  # (N, D)
     shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
-    return meet_budget(scores, shares, problem.macs, problem.cfg.budget, problem.cfg.align)
+    return meet_budget(scores, shares, problem.macs, problem.cfg.budget)
 
 
 # ---- bksdm ----
@@ -168,7 +166,7 @@ def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
         ValueError: the space is not one of depth "all".
     """
     macs, space, budget = problem.macs, problem.space, problem.cfg.budget
-    check_budget(budget, macs, problem.cfg.align)
+    check_budget(budget, macs)
     removed, following = blocks_to_remove(macs, budget)
     scores = relative_norms(problem.teacher.unet, space)
     beyond = scores.max() + 1  # more than two scores can differ by
@@ -182,8 +180,7 @@ def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
     # removed blocks cost nothing from here on, so `meet_budget` does not open them again
     left = torch.tensor([1.0] + [layer.name not in removed for layer in space.depth_layers])
     rest = replace(macs, unit_cost=macs.unit_cost * left, fixed_cost=macs.fixed_cost * left)
-    budget = min(1.0, budget * macs.dense / rest.dense)
-    return close_lowest(scores, rest, budget, problem.cfg.align)
+    return close_lowest(scores, rest, min(1.0, budget * macs.dense / rest.dense))
 
 
 def blocks_to_remove(macs: MacsModel, budget: float) -> tuple[list[str], list[str]]:
@@ -236,7 +233,7 @@ def removal_order(space: ArchSpace) -> list[list[str]]:
 
 def uni_arch(problem: Problem, router: PromptRouter) -> Tensor:
     """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
-    return close_lowest(train_code(problem), problem.macs, problem.cfg.budget, problem.cfg.align)
+    return close_lowest(train_code(problem), problem.macs, problem.cfg.budget)
 
 
 def train_code(problem: Problem) -> Tensor:

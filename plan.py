@@ -258,7 +258,7 @@ def plan(cfg: Pruning) -> str:
     tokens = POCKET_TOKENS if cfg.teacher == "pocket" else CLIP_TOKENS
     space = ArchSpace.from_unet(unet, cfg.depth)
     used = measure_macs(unet, space, latent_size=own // PIXELS, text_tokens=tokens)
-    check_budget(cfg.budget, used, cfg.align)
+    check_budget(cfg.budget, used)
     size = pixels // PIXELS
     macs = measure_macs(unet, space, latent_size=size, text_tokens=tokens)
     params = sum(p.numel() for p in unet.parameters())

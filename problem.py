@@ -130,7 +130,7 @@ def prepare(cfg: Pruning) -> Problem:
     macs = measure_macs(
         teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
     )
-    check_budget(cfg.budget, macs, cfg.align)
+    check_budget(cfg.budget, macs)
     clock = time.time()
     encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
     z = encoder.embeddings(data.captions)  # (rows, dz)
@@ -303,7 +303,7 @@ def write_results(
         for split, experts in routed.items()
     }
     if codes is None:
-        codes = meet_budget(router.codes, usage["train"], macs, cfg.budget, cfg.align)
+        codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
     ratios = macs(codes) / macs.dense  # (N,)
     save_tensors(
         run / "router.safetensors",

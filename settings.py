@@ -119,8 +119,6 @@ class Pruning:
     """Gates' noise for each sample; no: each code (paper: not said)."""
     common_noise: bool = True
     """One noise for a batch in Eq. 12; no: one for each prompt."""
-    align: int = 1
-    """Kept widths are multiples of it, in channels (paper: not said)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: str = "fp32"

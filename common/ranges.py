@@ -54,7 +54,6 @@ RANGES = {
     "eps": POSITIVE,
     "sinkhorn_iterations": COUNT,
     "open_logit": ANY,
-    "align": COUNT,
     "tflops": POSITIVE,
     # fine-tuning
     "expert": NUMBER,

@@ -85,23 +85,6 @@ def test_the_pocket_teacher_meets_any_budget(problem_of, pocket, share):
         check_met(macs, code, budget)
 
 
-@pytest.mark.parametrize("method", ["norm", "random", "bksdm", "sp", "routed-sp", "uni-arch"])
-def test_aligned_codes_keep_widths_that_fit(problem_of, pocket, smallest, monkeypatch, method):
-    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
-    monkeypatch.setattr(baselines, "ROUTED_BATCHES", 1)
-    depth = baselines.DEPTHS.get(method, "paper")
-    teacher = pocket if method in ("norm", "random", "bksdm") else smallest
-    problem = problem_of(teacher, 0.8, depth, align=16)
-    steps = {layer: layer.step(16) for layer in problem.space.width_layers}
-    assert max(steps.values()) > 1
-    codes = code_of(method, problem)
-    for layer, step in steps.items():
-        kept = codes[:, layer.span].sum(1)
-        assert ((kept % step == 0) | (kept == layer.units)).all(), (layer, kept)
-    plain = code_of(method, problem_of(teacher, 0.8, depth))
-    assert not torch.equal(codes, plain)
-
-
 def test_dense_is_ones_whatever_the_budget(problem_of, unet):
     assert code_of("dense", problem_of(unet, 0.5)).eq(1).all()
 
