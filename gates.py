@@ -26,8 +26,6 @@ Departures from the paper, and what it leaves open:
 - How a code becomes binary is not said. Here a unit is open where its logit exceeds a threshold
   (`binarize`), without noise, so a code gives one expert and always the same one;
   `macs.meet_budget` chooses the threshold, one for all codes, so that the budget is met.
-- Kept widths can be made multiples of some channels (`align`), which kernels may run faster: a
-  layer's number of open units is rounded to the nearest that fits, and its best logits are kept.
 - At least one unit of every layer stays open (the one with the highest logit): a layer without
   channels has no kernel to run. Removing a layer altogether is what the depth units are for.
 """
@@ -60,16 +58,10 @@ class Layer:
     kind: str  # "resnet", "attention", "feedforward" or "depth"
     start: int
     units: int
-    unit_channels: int = 0  # that the module's features have for each unit; depth: 0
 
     @property
     def span(self) -> slice:
         return slice(self.start, self.start + self.units)
-
-    def step(self, align: int) -> int:
-        """How many units make a multiple of `align` channels; 1 if the layer has too few."""
-        step = align // math.gcd(align, self.unit_channels)
-        return step if step <= self.units else 1
 
 
 @dataclass(frozen=True)
@@ -94,19 +86,19 @@ class ArchSpace:
         """
         if depth not in DEPTH_MODES:
             raise ValueError(f"depth must be one of {', '.join(DEPTH_MODES)}, got {depth!r}")
-        found: list[tuple[str, str, int, int]] = []  # (name, kind, units, channels of them all)
+        found: list[tuple[str, str, int]] = []
         for name, module in unet.named_modules():
             if isinstance(module, ResnetBlock2D):
-                found.append((name, "resnet", module.norm2.num_groups, module.conv2.in_channels))
+                found.append((name, "resnet", module.norm2.num_groups))
             elif isinstance(module, Attention):
-                found.append((name, "attention", module.heads, module.to_out[0].in_features))
+                found.append((name, "attention", module.heads))
             elif isinstance(module, FeedForward):
-                width = module.net[2].in_features
-                found.append((name, "feedforward", math.gcd(width, FEEDFORWARD_SLICES), width))
-        found += [(name, "depth", 1, 0) for name in removable_layers(unet, depth)]
+                slices = math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)
+                found.append((name, "feedforward", slices))
+        found += [(name, "depth", 1) for name in removable_layers(unet, depth)]
         layers, start = [], 0
-        for name, kind, units, channels in found:
-            layers.append(Layer(name, kind, start, units, channels // units))
+        for name, kind, units in found:
+            layers.append(Layer(name, kind, start, units))
             start += units
         return cls(tuple(layers), depth)
 
@@ -219,29 +211,20 @@ def gumbel_sigmoid(
 
 
 @torch.no_grad()
-def binarize(
-    logits: Tensor, space: ArchSpace | None = None, *, threshold: float = 0.0, align: int = 1
-) -> Tensor:
+def binarize(logits: Tensor, space: ArchSpace | None = None, *, threshold: float = 0.0) -> Tensor:
     """Binary gates: open where the logit exceeds `threshold`.
 
     With a `space`, each width layer keeps its unit of the highest logit open, however low that is.
-    A width layer's number of open units is the nearest whose channels are a multiple of `align`,
-    and its highest logits are open; a layer that keeps all, or has no such number, stays as it is.
 
     Args:
         logits: (..., D).
         space: whose layers keep at least one unit; None for a plain threshold.
-        align: channels; 1 for any width.
 
     Returns:
-        Gates in {0, 1}, of the shape and type of `logits`. Of equal ones, the first is kept.
+        Gates in {0, 1}, of the shape and type of `logits`. Of equal highest logits, one is kept.
     """
     gates = (logits > threshold).to(logits.dtype)  # (..., D)
     for layer in space.width_layers if space is not None else ():
-        values, step = logits[..., layer.span], layer.step(align)  # (..., units)
-        above = (values > threshold).sum(-1, keepdim=True)  # (..., 1)
-        kept = ((above + step // 2) // step * step).clamp(step, layer.units)
-        kept = torch.where(above == layer.units, above, kept)
-        order = values.argsort(dim=-1, descending=True, stable=True)
-        gates[..., layer.span] = (order.argsort(-1) < kept).to(gates.dtype)
+        best = logits[..., layer.span].argmax(-1, keepdim=True)  # (..., 1)
+        gates[..., layer.span].scatter_(-1, best, 1.0)
     return gates

@@ -19,7 +19,7 @@ Departures from the paper, and what it leaves open:
 - Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
   depth gate. The paper does not say how it prices them.
 - `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say
-  how it does. With `align`, the widths that it keeps are multiples of some channels.
+  how it does.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class MacsModel:
         """MACs of the smallest expert: removable layers gone, one unit left in the others."""
         return round(self(self.smallest()).item())
 
-    def smallest(self, align: int = 1) -> Tensor:
+    def smallest(self) -> Tensor:
         """The code of the smallest expert, (D,)."""
-        return binarize(torch.zeros(self.space.size), self.space, align=align)
+        return binarize(torch.zeros(self.space.size), self.space)
 
 
 def measure_macs(
@@ -198,15 +198,14 @@ def budget_shift(logits: Tensor, temperature: float, macs: MacsModel, target: fl
     return (low + high) / 2
 
 
-def check_budget(budget: float, macs: MacsModel, align: int = 1) -> None:
+def check_budget(budget: float, macs: MacsModel) -> None:
     """Raises `UserError` where `budget` is outside (0, 1] or below the smallest expert."""
     if not 0 < budget <= 1:
         raise UserError(
             f"--budget {budget} is not a share of the dense model's MACs; choose a number in (0, 1]"
         )
-    smallest = round(macs(macs.smallest(align)).item())
-    if budget * macs.dense < smallest:
-        floor = smallest / macs.dense
+    if budget * macs.dense < macs.floor:
+        floor = macs.floor / macs.dense
         raise UserError(
             f"--budget {budget} cannot be reached: with everything prunable gone {floor:.3f} of "
             f"the MACs are left; choose a budget in [{floor + 0.0005:.3f}, 1]"
@@ -214,9 +213,7 @@ def check_budget(budget: float, macs: MacsModel, align: int = 1) -> None:
 
 
 @torch.no_grad()
-def meet_budget(
-    codes: Tensor, shares: Tensor, macs: MacsModel, budget: float, align: int = 1
-) -> Tensor:
+def meet_budget(codes: Tensor, shares: Tensor, macs: MacsModel, budget: float) -> Tensor:
     """Binary codes whose share-weighted mean MACs are at most, and nearly, the budget.
 
     One threshold serves all codes: their relative sizes stay what training made them. Units are
@@ -229,7 +226,6 @@ def meet_budget(
         shares: share of the prompts that each code serves, (N,), >= 0; their sum counts as one.
         macs: T(a) of the U-Net.
         budget: share of the dense model's MACs, in (0, 1].
-        align: channels that kept widths are multiples of, where the layers' units allow it.
 
     Returns:
         Gates in {0, 1}, (N, D), float32.
@@ -238,7 +234,7 @@ def meet_budget(
         UserError: the budget is below what can be pruned.
         ValueError: the shapes do not agree, or no code serves a prompt.
     """
-    check_budget(budget, macs, align)
+    check_budget(budget, macs)
     codes, shares = codes.detach().float().cpu(), shares.double().cpu()
     if codes.shape != (*shares.shape, macs.space.size) or not shares.sum() > 0:
         raise ValueError(f"{tuple(codes.shape)} codes do not go with shares {shares.tolist()}")
@@ -248,8 +244,8 @@ def meet_budget(
     is_depth[macs.unit_cost.shape[0] :] = True
     best, least = torch.empty(0), float("inf")
     for _ in range(1 + int(is_depth.sum()) * len(codes)):
-        gates, threshold = close_units(codes, shares, macs, target, align)
-        gates = reopen_units(gates, codes, shares, macs, target, align)
+        gates, threshold = close_units(codes, shares, macs, target)
+        gates = reopen_units(gates, codes, shares, macs, target)
         unused = target - float(shares @ macs(gates))
         if unused < least:
             best, least = gates, unused
@@ -261,46 +257,37 @@ def meet_budget(
 
 
 def close_units(
-    codes: Tensor, shares: Tensor, macs: MacsModel, target: float, align: int
+    codes: Tensor, shares: Tensor, macs: MacsModel, target: float
 ) -> tuple[Tensor, float]:
     """The lowest threshold whose binary codes meet `target` MACs: (those codes, the threshold)."""
     thresholds = torch.cat([codes.new_tensor([-torch.inf]), codes.flatten().sort().values])
     low, high = 0, len(thresholds) - 1  # the threshold's place lies in [low, high]
     while low < high:
         middle = (low + high) // 2
-        gates = binarize(codes, macs.space, threshold=thresholds[middle].item(), align=align)
+        gates = binarize(codes, macs.space, threshold=thresholds[middle].item())
         fits = float(shares @ macs(gates)) <= target
         low, high = (low, middle) if fits else (middle + 1, high)
     threshold = thresholds[low].item()
-    return binarize(codes, macs.space, threshold=threshold, align=align), threshold
+    return binarize(codes, macs.space, threshold=threshold), threshold
 
 
 def reopen_units(
-    gates: Tensor, codes: Tensor, shares: Tensor, macs: MacsModel, target: float, align: int
+    gates: Tensor, codes: Tensor, shares: Tensor, macs: MacsModel, target: float
 ) -> Tensor:
     """Open closed units of `gates`, highest logit first, each one if the mean still meets `target`.
 
     Units that cost nothing stay closed: those of removed layers and of experts without prompts.
-    Where widths are aligned, a unit stands for its layer's next step: the best that are closed.
     """
-    layers = [layer for layer in macs.space.layers for _ in range(layer.units)]  # (D,)
     gates, prices = gates.clone(), macs(gates)  # (N, D), (N,)
     reserve = target - float(shares @ prices)
-    places = codes.flatten().argsort(descending=True, stable=align > 1).tolist()
-    # aligned, once more: units of a layer that opened late were passed over
-    for place in places if align == 1 else places + places:
+    for place in codes.flatten().argsort(descending=True).tolist():
         expert, unit = divmod(place, codes.shape[1])
         if reserve < 1e-4 * target:
             break
         if gates[expert, unit] == 1:
             continue
-        trial, layer = gates[expert].clone(), layers[unit]
-        if align == 1:
-            trial[unit] = 1
-        else:
-            order = codes[expert, layer.span].argsort(descending=True, stable=True)
-            closed = order[trial[layer.span][order] == 0]
-            trial[layer.start + closed[: layer.step(align)]] = 1
+        trial = gates[expert].clone()
+        trial[unit] = 1
         price = macs(trial)
         cost = float(shares[expert] * (price - prices[expert]))
         if 0 < cost <= reserve:

@@ -200,24 +200,6 @@ def test_binarize_keeps_what_is_above_and_the_best_of_each_layer(unet, seed, thr
     assert torch.equal(binarize(logits, threshold=threshold), (logits > threshold).float())
 
 
-@given(seed=SEEDS, threshold=st.floats(-4, 4), align=st.sampled_from((3, 8, 16, 64)))
-def test_binarize_rounds_a_width_to_the_nearest_that_fits(unet, seed, threshold, align):
-    """Found by trying every number of units; where two are as near, the larger."""
-    space = ArchSpace.from_unet(unet)
-    logits = torch.randn(space.size, generator=torch.Generator().manual_seed(seed))
-    gates = binarize(logits, space, threshold=threshold, align=align)
-    for layer in space.layers:
-        values = logits[layer.span].tolist()
-        above = sum(value > threshold for value in values)
-        numbers = range(layer.units + 1) if layer.kind == "depth" else range(1, layer.units + 1)
-        fitting = [n for n in numbers if n * layer.unit_channels % align == 0]
-        if above == layer.units or not fitting:
-            fitting = [above] if above in numbers else [1]
-        count = min(fitting, key=lambda n: (abs(n - above), -n))
-        best = sorted(values, reverse=True)[:count]
-        assert gates[layer.span].tolist() == [float(value in best) for value in values]
-
-
 def test_binarize_gives_no_gradient_and_is_repeatable(unet):
     space = ArchSpace.from_unet(unet)
     logits = torch.randn(space.size).requires_grad_()

@@ -14,7 +14,7 @@ from common.errors import UserError
 from gates import ArchSpace, binarize
 from macs import budget_shift, check_budget, measure_macs, meet_budget, skeleton
 from plan import paper_macs
-from prune_unet import cut_in_place, gated_module
+from prune_unet import cut_in_place
 from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
@@ -218,73 +218,6 @@ def test_units_with_low_logits_go_first(real):
             assert logits[:, layer.span][gone].max() < kept.max()
     closed = (codes == 0).sum()
     assert (codes[logits < logits.flatten().sort().values[closed // 2]] == 0).float().mean() > 0.8
-
-
-@pytest.mark.parametrize("shape", ["pocket", "sd21"])
-def test_a_step_is_the_fewest_units_that_fill_a_multiple(shape):
-    unet = load_shape(shape)
-    for layer in ArchSpace.from_unet(unet).layers:
-        assert layer.step(1) == 1
-        if layer.kind == "depth":
-            assert layer.step(16) == 1
-            continue
-        _, width = gated_module(unet, layer)
-        for align in (6, 8, 16, 128):
-            counts = range(1, layer.units + 1)
-            fitting = [n for n in counts if n * width // layer.units % align == 0]
-            assert layer.step(align) == (fitting[0] if fitting else 1)
-
-
-@given(
-    seed=SEEDS,
-    N=st.integers(1, 4),
-    tightness=st.floats(0.02, 1),
-    spread=st.sampled_from((0.0, 0.01, 1.0)),
-    depth_bias=st.sampled_from((-5.0, 0.0, 5.0)),
-    align=st.sampled_from((6, 8, 16)),
-)
-@settings(max_examples=15)
-def test_aligned_codes_fit_and_meet_the_budget(real, seed, N, tightness, spread, depth_bias, align):
-    """And they keep the best logits of each layer."""
-    floor = real(real.smallest(align)).item() / real.dense
-    budget = floor + tightness * (1 - floor)
-    shares = random(N, seed=seed)
-    shares = shares / shares.sum()
-    logits = 2 + spread * random(N, real.space.size, seed=seed + 1)
-    for layer in real.space.depth_layers:
-        logits[:, layer.start] += depth_bias
-    codes = meet_budget(logits, shares, real, budget, align)
-    used = float(shares.double() @ real(codes)) / real.dense
-    assert budget * 0.99 <= used <= budget + 1e-7
-    for layer in real.space.width_layers:
-        kept = codes[:, layer.span].sum(1)
-        assert ((kept % layer.step(align) == 0) | (kept == layer.units)).all() and (kept > 0).all()
-        of_layer, opened = logits[:, layer.span], codes[:, layer.span] == 1
-        lowest = of_layer.masked_fill(~opened, torch.inf).amin(1)
-        assert (lowest >= of_layer.masked_fill(opened, -torch.inf).amax(1)).all()
-
-
-@given(seed=SEEDS, budget=st.floats(0.35, 0.99))
-@settings(max_examples=10)
-def test_widths_that_always_fit_are_not_changed(real, seed, budget):
-    """Every unit has an even number of channels, so aligning to 2 asks for nothing."""
-    logits = random(2, real.space.size, seed=seed)
-    for layer in real.space.depth_layers:
-        logits[:, layer.start] = 1  # removed layers are opened again in another order
-    shares = torch.tensor([0.3, 0.7])
-    codes = meet_budget(logits, shares, real, budget)
-    assert torch.equal(codes, meet_budget(logits, shares, real, budget, align=1))
-    assert torch.equal(codes, meet_budget(logits, shares, real, budget, align=2))
-
-
-def test_a_budget_below_the_smallest_aligned_expert_names_it(real):
-    floor = real(real.smallest(16)).item() / real.dense
-    budget = (floor + real.floor / real.dense) / 2
-    logits, shares = random(1, real.space.size, seed=0), torch.ones(1)
-    assert real(meet_budget(logits, shares, real, budget)).item() <= budget * real.dense
-    with pytest.raises(UserError, match=re.escape(f"{floor:.3f}")):
-        meet_budget(logits, shares, real, budget, align=16)
-    assert (meet_budget(logits, shares, real, 1.0, align=16) == 1).all()
 
 
 def test_whole_budget_keeps_everything_and_the_floor_is_reached(real):
