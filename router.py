@@ -25,7 +25,7 @@ Departures from the paper, each with a switch (`settings.py`):
 - The predictor reads C (z - mean z): C keeps what an image's captions have in common and removes
   what their wording adds (`content_map`), so that "a giraffe" and "a flat emoji of a giraffe" are
   routed alike. It is measured once and frozen. With plain z the router sorts by wording. Of 308
-  validation names, 47 % share an expert with one of their captioned forms without C, 89 % with it.
+  validation names, 33 % share an expert with their flat or outlined form without C, 85 % with it.
 - Similarities (Eqs. 7 and 22) are cosines of *centred* vectors, e - b = W C (z - mean z) and
   a_i - mean a. All e and a share the large part b; raw cosines are all near one, and test-time
   routing collapses onto a few experts. `center=False` compares raw vectors, exactly as printed.
