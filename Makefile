@@ -1,6 +1,8 @@
 # `make demo` and `make test` set everything up themselves: a virtual environment in .venv and the packages in it.
 PYTHON ?= python3
 RUN := .venv/bin/python
+# that share out the experts: one a GPU, or one a core
+PROCESSES = $(shell $(RUN) -c 'import os, torch; print(torch.cuda.device_count() or min(4, os.cpu_count()))')
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # waiting threads sleep instead of spinning: on a shared machine, a step is 10 times as fast
@@ -19,7 +21,7 @@ setup: .venv/installed
 
 demo: setup
 	$(RUN) train.py --budget 0.64 --out runs/emoji-0.64
-	$(RUN) finetune.py --run runs/emoji-0.64
+	.venv/bin/torchrun --nproc-per-node $(PROCESSES) -- finetune.py --run runs/emoji-0.64
 	$(RUN) sample.py --run runs/emoji-0.64 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.64/samples
 	$(RUN) evaluate.py --run runs/emoji-0.64
 

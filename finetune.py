@@ -2,6 +2,7 @@
 
     python finetune.py                       # every expert of the newest run
     python finetune.py --run runs/emoji-0.64 --expert 3
+    torchrun --nproc-per-node 8 finetune.py  # the experts shared out among processes
 
 Each expert is cut out of the teacher and trained, all weights, on the training prompts that the
 router sends to it, with the teacher's output and block outputs as targets. Experts do not depend on
@@ -33,7 +34,7 @@ from common.checkpoint import Checkpoint
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, remove_leftovers
 from common.options import read_options
-from common.processes import pick_device
+from common.processes import count, leave_processes, pick_device, rank, start_processes
 from common.randomness import batch_rows, step_generator
 from common.runs import newest_run, read_run, refuse_other_settings
 from gates import ArchSpace
@@ -146,7 +147,9 @@ def finetune_expert(
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
     log = MetricsLog(run / "experts" / f"{i}.csv", list(TERMS), first)
-    bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}")
+    bar = trange(
+        first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}", position=rank()
+    )
     for step in bar:
         generator = step_generator(cfg.seed, f"finetune {i}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]  # (b,)
@@ -190,6 +193,7 @@ def finetune(cfg: Finetuning) -> None:
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
+    device = start_processes(pick_device(cfg.device))
     wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
     todo = []
     for i in wanted:
@@ -202,11 +206,12 @@ def finetune(cfg: Finetuning) -> None:
             todo.append(i)
     if not todo:
         print(f"{run}: all of the experts asked for are fine-tuned already")
+        leave_processes()
         return
 
     teacher = load_teacher(
         summary["teacher"],
-        pick_device(cfg.device),
+        device,
         precision=cfg.precision,
         resolution=summary["resolution"],
     )
@@ -216,7 +221,10 @@ def finetune(cfg: Finetuning) -> None:
     assignment = torch.tensor(assigned["train"])  # (rows,)
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.empty_conditions().to("cpu")
-    for i in todo:
+    leave_processes()  # from here on nothing is shared, and none waits for another
+    for i in wanted[rank() :: count()]:
+        if i not in todo:
+            continue
         rows = (assignment == i).nonzero().flatten()  # (R,)
         clock = time.time()
         finetune_expert(

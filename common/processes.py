@@ -64,6 +64,11 @@ def start_processes(device: torch.device) -> torch.device:
 def stop_processes() -> None:
     """Leave the others, once every process has come here."""
     wait()
+    leave_processes()
+
+
+def leave_processes() -> None:
+    """Leave the others at once; what they do from here on is their own."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

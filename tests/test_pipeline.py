@@ -157,6 +157,24 @@ def test_finished_work_is_not_done_again(run, capsys):
     assert "complete" in capsys.readouterr().out
 
 
+def test_processes_share_out_the_experts(run, tmp_path, monkeypatch):
+    """Each takes every second expert, and makes it as one process does."""
+    folder, made = tmp_path / "run", []
+    folder.mkdir()
+    copy_run(run, folder)
+    monkeypatch.setattr(finetune, "start_processes", lambda device: device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (1, 0):
+        monkeypatch.setenv("RANK", str(number))
+        before = set(folder.glob("experts/*.safetensors"))
+        finetune.finetune(Finetuning(run=folder, steps=5, batch_size=4, device="cpu"))
+        made.append({p.name for p in set(folder.glob("experts/*.safetensors")) - before})
+    assert made == [{"1.safetensors"}, {"0.safetensors", "2.safetensors"}]
+    assert finetune.expert_path(folder, 1).read_bytes() == (
+        finetune.expert_path(run, 1).read_bytes()
+    )
+
+
 def test_sampling_is_routed_grouped_and_repeatable(run, tmp_path):
     pipeline = sample.APTPPipeline.from_pretrained(run, "cpu")
     prompts = ["a giraffe", "a red apple", "a bus", "the japan flag"]
