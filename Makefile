@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves: a virtual environment in .venv and the packages in it.
 PYTHON ?= python3
 RUN := .venv/bin/python
-# that share out the experts: one a GPU, or one a core
+# processes that fine-tune experts side by side: one for each GPU, or for each core, four at most
 PROCESSES = $(shell $(RUN) -c 'import os, torch; print(torch.cuda.device_count() or min(4, os.cpu_count()))')
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false

@@ -2,7 +2,7 @@
 
     python finetune.py                       # every expert of the newest run
     python finetune.py --run runs/emoji-0.64 --expert 3
-    torchrun --nproc-per-node 8 finetune.py  # the experts shared out among processes
+    torchrun --nproc-per-node 8 -- finetune.py --run runs/coco-0.78  # shared out among processes
 
 Each expert is cut out of the teacher and trained, all weights, on the training prompts that the
 router sends to it, with the teacher's output and block outputs as targets. Experts do not depend on
