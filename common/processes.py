@@ -5,6 +5,8 @@ part of a step for the whole batch. The U-Net's part is shared out by rows. The 
 image losses and their gradient with respect to the gates, (B, D) numbers. From there on every
 process takes the same step, and their routers stay equal.
 
+`finetune.py` only shares out its experts, which have nothing in common.
+
 These are the few calls of `torch.distributed` that this needs; with one process they do nothing.
 (`accelerate.PartialState` would replace two of them, and it chooses the device by itself.)
 """

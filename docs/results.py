@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 from common.errors import UserError, command_line
 from common.files import replacing
 from evaluate import METHODS
+from evaluation.figures import sheet
 from evaluation.tables import aggregate, collect, markdown
 
 RESULTS = Path(__file__).parent / "results"
+STEPS = 100  # an expert, by the paper's protocol
 KEPT = ("summary.json", "report/metrics.json")
 PANELS = (("distance", "distance to the teacher before fine-tuning"), ("r1", "R@1, training"))
 
@@ -53,41 +55,40 @@ def cells() -> list[dict[str, Any]]:
 
 def curve(rows: list[dict[str, Any]]) -> Figure:
     """Scores against MACs on training captions, a line a method, mean and deviation over seeds."""
-    figure = Figure((9, 3.8), layout="constrained")
-    teacher = [row["r1"] for row in rows if row["method"] == "dense"]
-    for axes, (key, title) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    figure, panels = sheet(9, 3.8, ncols=2)
+    lines = {budget: aggregate(at) for budget, at in by_budget(rows).items()}
+    teacher = statistics.fmean(row["r1"] for row in rows if row["method"] == "dense")
+    for axes, (key, title) in zip(panels[0], PANELS, strict=True):
         for number, method in enumerate(m for m in METHODS if m != "dense"):
-            points = []
-            for budget in sorted({row["budget"] for row in rows}):
-                own = [r for r in rows if r["method"] == method and r["budget"] == budget]
-                values = [row[key] for row in own if key in row]
-                if values:
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    points.append((budget, statistics.fmean(values), spread))
+            points = [
+                (budget, line[key], line[f"{key}_std"])  # no bar where the deviation is nan
+                for budget, found in sorted(lines.items())
+                for line in found
+                if line["method"] == method
+            ]
             if points:
-                x, y, error = zip(*points, strict=True)
-                colour = matplotlib.colormaps["tab10"](number)
-                style = "-" if method in ("aptp", "routed-sp") else "--"
-                axes.errorbar(
-                    x, y, error, label=method, color=colour, marker="o", linestyle=style, capsize=2
-                )
-        if key == "r1" and teacher:
-            axes.axhline(statistics.fmean(teacher), color="grey", label="teacher")
-            axes.axhline(
-                0.9 * statistics.fmean(teacher), color="grey", linestyle=":", label="0.9 of it"
-            )
+                style = {"color": f"C{number}", "marker": "o", "capsize": 2}
+                style["linestyle"] = "-" if method == "aptp" else "--"
+                axes.errorbar(*zip(*points, strict=True), label=method, **style)
+        if key == "r1":
+            axes.axhline(teacher, color="grey", label="teacher")
+            axes.axhline(0.9 * teacher, color="grey", linestyle=":", label="0.9 of it")
         axes.set(xlabel="share of the teacher's MACs", title=title)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yscale("log")
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    panels[0, 0].set_yscale("log")
+    panels[0, 1].legend(frameon=False, fontsize=8)
     return figure
+
+
+def by_budget(rows: list[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    """The rows of each budget, the largest first."""
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    return {budget: [row for row in rows if row["budget"] == budget] for budget in budgets}
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """A table for each budget. Seconds are left out: cells were run on several machines."""
     parts = []
-    for budget in sorted({row["budget"] for row in rows}, reverse=True):
-        at = [row for row in rows if row["budget"] == budget and row["split"] != "prompts"]
+    for budget, at in by_budget(rows).items():
         timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in at]
         parts.append(markdown(f"{budget:g} of the MACs", aggregate(timeless)))
     return "\n".join(parts)
@@ -102,7 +103,7 @@ def main() -> None:
     rows = cells()
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
     with replacing(RESULTS / "curve.svg") as temporary:
-        curve([row for row in rows if row["split"] == "train" and row["steps"] <= 100]).savefig(
+        curve([row for row in rows if row["split"] == "train" and row["steps"] == STEPS]).savefig(
             temporary, format="svg", metadata={"Date": None}
         )
     with replacing(RESULTS / "tables.md") as temporary:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from common.errors import UserError
-from docs import site
+from docs import results, site
 from docs.equations import ROOT, equations
 from settings import AS_PRINTED
 
@@ -97,3 +97,7 @@ def test_every_switch_is_in_the_table_of_departures():
     text = (ROOT / "docs" / "departures.md").read_text(encoding="utf-8")
     flags = {re.sub(r"^(--)no-", r"\1", flag) for flag in re.findall(r"`(--[a-z-]+)", text)}
     assert {f"--{name.replace('_', '-')}" for name in AS_PRINTED} <= flags
+
+
+def test_the_kept_results_are_those_of_the_kept_cells():
+    assert results.tables(results.cells()) == (results.RESULTS / "tables.md").read_text("utf-8")

@@ -50,8 +50,8 @@ class Config:
 def mixed_precision() -> torch.autocast:
     """Matrix products and convolutions in bfloat16, everything delicate in single precision.
 
-    All is in single precision on a CPU where oneDNN has no bfloat16: there, steps in bfloat16 are
-    more than ten times slower.
+    All is in single precision on a CPU where oneDNN has no bfloat16: there, a step in bfloat16
+    takes six times as long.
     """
     onednn = torch.backends.mkldnn.is_available()
     fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
