@@ -22,6 +22,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -36,6 +37,7 @@ from common.options import read_options
 from common.processes import pick_device
 from common.ranges import check_ranges
 from common.runs import newest_run, read_run
+from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
 from finetune import expert_path, load_codes
@@ -50,13 +52,13 @@ MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's lim
 
 @dataclass(frozen=True)
 class Sampled:
-    """Images, and for each one its prompt, expert (-1: the teacher), MACs ratio and seconds."""
+    """Images, each one's prompt, expert (-1: the teacher) and MACs ratio, and the mean seconds."""
 
     images: list[Image.Image]
     prompts: list[str]
     experts: list[int]
     macs_ratios: list[float]
-    seconds: list[float]
+    seconds: float
 
 
 class APTPPipeline:
@@ -174,7 +176,7 @@ class APTPPipeline:
                 router chooses.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
-            batch_size: the largest number of images denoised at once.
+            batch_size: the largest number of images denoised at once, by all threads together.
 
         Raises:
             UserError: a prompt is empty or too long, or the expert does not exist.
@@ -188,29 +190,27 @@ class APTPPipeline:
         if unknown := set(experts) - {*range(-1, len(self.ratios))}:
             last = len(self.ratios) - 1
             raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {last}")
-        images: dict[int, Image.Image] = {}
-        seconds: dict[int, float] = {}
+        at_once = -(-min(batch_size, len(prompts)) // slots(self.teacher.device))
+        parts: list[tuple[UNet2DConditionModel, list[int]]] = []  # rows for one U-Net
         for chosen in sorted(set(experts)):
             group = [row for row, value in enumerate(experts) if value == chosen]
-            for start in range(0, len(group), batch_size):
-                rows = group[start : start + batch_size]
-                unet, clock = self.unet(chosen), time.time()
-                generated = self.teacher.generate(
-                    [prompts[row] for row in rows],
-                    [seeds[row] for row in rows],
-                    num_inference_steps,
-                    guidance_scale,
-                    unet,
-                )
-                images |= dict(zip(rows, generated, strict=True))
-                seconds |= dict.fromkeys(rows, (time.time() - clock) / len(rows))
-        order = range(len(prompts))
+            unet = self.unet(chosen)
+            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
+
+        def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
+            own = [prompts[row] for row in part[1]], [seeds[row] for row in part[1]]
+            return self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+
+        clock = time.time()
+        made = side_by_side(generate, parts, self.teacher.device)
+        rows = [row for _, part in parts for row in part]
+        images = dict(zip(rows, chain.from_iterable(made), strict=True))
         return Sampled(
-            [images[row] for row in order],
+            [images[row] for row in range(len(prompts))],
             list(prompts),
             experts,
             [1.0 if i < 0 else self.ratios[i] for i in experts],
-            [seconds[row] for row in order],
+            (time.time() - clock) / len(prompts),
         )
 
 
@@ -321,8 +321,8 @@ def sample(cfg: Config) -> Sampled:
         "guidance_scale": cfg.guidance,
     }
     sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
-    for (prompt, seed), image, expert, ratio, seconds in zip(
-        rows, sampled.images, sampled.experts, sampled.macs_ratios, sampled.seconds, strict=True
+    for (prompt, seed), image, expert, ratio in zip(
+        rows, sampled.images, sampled.experts, sampled.macs_ratios, strict=True
     ):
         path = out / file_name(prompt, seed)
         save_png(image, path)
@@ -331,7 +331,7 @@ def sample(cfg: Config) -> Sampled:
             if expert < 0
             else f"expert {expert}" + ("" if pipeline.is_finetuned(expert) else " (not fine-tuned)")
         )
-        print(f"{path}  {who}  MACs ratio {ratio:.3f}  {seconds:.2f} s")
+        print(f"{path}  {who}  MACs ratio {ratio:.3f}  {sampled.seconds:.2f} s")
     if cfg.compare:
         others, N = {"teacher": pipeline(names, expert=-1, **options)}, len(pipeline.ratios)
         if N > 1 and min(sampled.experts) >= 0:

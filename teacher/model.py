@@ -10,6 +10,7 @@ so. Latents and targets stay fp32.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ class Teacher:
         guidance: float | None = None,
         unet: UNet2DConditionModel | None = None,
     ) -> list[Image.Image]:
-        """One image for each of P prompts, as a batch.
+        """One image for each of P prompts, as a batch. Threads may call it at the same time.
 
         Args:
             seeds: one for each prompt; an image depends on its own alone.
@@ -171,20 +172,18 @@ class Teacher:
             guidance: scale of classifier-free guidance; the teacher's own if absent.
             unet: an expert to use instead of the teacher's U-Net.
         """
-        own, pixels = self.pipe.unet, self.resolution
-        self.pipe.unet = own if unet is None else unet
-        try:
-            latents = self.pipe(
-                list(prompts),
-                height=pixels,
-                width=pixels,
-                num_inference_steps=steps,
-                guidance_scale=self.guidance_scale if guidance is None else guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="latent",
-            ).images
-        finally:
-            self.pipe.unet = own
+        pipe = copy.copy(self.pipe)  # a scheduler keeps its last steps: each call needs its own
+        pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
+        pipe.unet = self.pipe.unet if unet is None else unet
+        latents = pipe(
+            list(prompts),
+            height=self.resolution,
+            width=self.resolution,
+            num_inference_steps=steps,
+            guidance_scale=self.guidance_scale if guidance is None else guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        ).images
         # not by the pipeline, which expects an autoencoder in the U-Net's precision
         parts = [self.decode_latents(part) for part in latents.split(self.images_at_once)]
         return self.pipe.image_processor.postprocess(torch.cat(parts), "pil")

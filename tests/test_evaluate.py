@@ -300,7 +300,7 @@ def test_teacher_and_expert_are_compared_side_by_side(prompts, rows):
     def sampled(colour: str, expert: int) -> Sampled:
         images = [Image.new("RGB", (256, 256), colour)] * prompts
         names, many = [f"prompt {k}" for k in range(prompts)], range(prompts)
-        return Sampled(images, names, [expert for _ in many], [0.5 for _ in many], [1.0] * prompts)
+        return Sampled(images, names, [expert for _ in many], [0.5 for _ in many], 1.0)
 
     others = {"teacher": sampled("red", -1), "wrong expert": sampled("lime", 4)}
     figure = comparison(sampled("blue", 3), others)
