@@ -187,15 +187,15 @@ class APTPPipeline:
         given = [expert] * len(prompts) if isinstance(expert, int) else expert
         experts = self.route(prompts) if given is None else list(given)
         assert len(seeds) == len(experts) == len(prompts)
-        if unknown := set(experts) - {*range(-1, len(self.ratios))}:
-            last = len(self.ratios) - 1
-            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {last}")
+        if unknown := set(experts) - {*range(-1, N := len(self.ratios))}:
+            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
         at_once = -(-min(batch_size, len(prompts)) // slots(self.teacher.device))
         parts: list[tuple[UNet2DConditionModel, list[int]]] = []  # rows for one U-Net
         for chosen in sorted(set(experts)):
             group = [row for row, value in enumerate(experts) if value == chosen]
             unet = self.unet(chosen)
             parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
+        parts.sort(key=lambda part: -len(part[1]))  # the longest first, so that all end together
 
         def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
             own = [prompts[row] for row in part[1]], [seeds[row] for row in part[1]]

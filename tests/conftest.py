@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # which libraries read as they are imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # waiting threads soon leave the cores to others
 
 from collections.abc import Callable
 from types import SimpleNamespace
