@@ -11,6 +11,7 @@ so. Latents and targets stay fp32.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ from teacher.pipelines import (
 )
 from teacher.shapes import ASSETS, text_widths
 
+TEXTS = threading.Lock()  # a tokenizer keeps its last call's padding: one call at a time
+ENCODED = (  # what a pipeline's `encode_prompt` gives, the last two with SDXL
+    *("prompt_embeds", "negative_prompt_embeds"),
+    *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -175,12 +181,20 @@ class Teacher:
         pipe = copy.copy(self.pipe)  # a scheduler keeps its last steps: each call needs its own
         pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
         pipe.unet = self.pipe.unet if unet is None else unet
+        scale = self.guidance_scale if guidance is None else guidance
+        with TEXTS, torch.no_grad():
+            encoded = pipe.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=scale > 1,
+            )
         latents = pipe(
-            list(prompts),
+            **dict(zip(ENCODED, encoded, strict=False)),
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=steps,
-            guidance_scale=self.guidance_scale if guidance is None else guidance,
+            guidance_scale=scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
         ).images

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,21 +114,32 @@ def test_the_other_style_is_of_the_same_concept_and_was_trained_on():
 
 def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back():
     """With a stand-in for the diffusers pipeline."""
-    asked = []
+    asked, encoding = [], []
 
     class Pipe:
         unet = SimpleNamespace(config=SimpleNamespace(sample_size=4))
+        scheduler = object()
         vae_scale_factor = 8
         image_processor = SimpleNamespace(postprocess=lambda images, kind: images.tolist())
 
-        def __call__(self, prompts, *, generator, **options):
-            if not prompts:
+        def encode_prompt(self, prompt, *, do_classifier_free_guidance, **options):
+            encoding.append(prompt)
+            time.sleep(0.01)
+            assert encoding == [prompt]  # texts are encoded by one thread at a time
+            encoding.remove(prompt)
+            codes = torch.tensor([ord(one) for one in prompt])
+            return codes, -codes if do_classifier_free_guidance else None
+
+        def __call__(self, *, generator, prompt_embeds, **options):
+            if not len(prompt_embeds):
                 raise KeyboardInterrupt
             noise = [torch.randn(2, generator=one).tolist() for one in generator]
-            asked.append((self.unet, prompts, options, noise))
-            return SimpleNamespace(images=torch.tensor([ord(prompt) for prompt in prompts]))
+            asked.append((self.unet, self.scheduler, options, noise))
+            return SimpleNamespace(images=prompt_embeds)
 
     class Undecoded(Teacher):
+        device = torch.device("cpu")
+
         def decode_latents(self, latents):
             return latents
 
@@ -139,10 +152,16 @@ def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back()
     assert pipe.unet is own
     first, second = asked
     assert first[0] is own and second[0] is expert
+    assert len({first[1], second[1], pipe.scheduler}) == 3  # a scheduler keeps its last steps
     size = {"height": 32, "width": 32, "num_inference_steps": 7, "output_type": "latent"}
+    assert first[2].pop("negative_prompt_embeds").tolist() == [-ord("a"), -ord("b")]
+    assert second[2].pop("negative_prompt_embeds") is None
     assert first[2] == size | {"guidance_scale": 2.5}
     assert second[2] == size | {"guidance_scale": 0.0}
     assert first[3][1] == second[3][0] != first[3][0]
+    with ThreadPoolExecutor(4) as pool:
+        made = pool.map(lambda seed: teacher.generate(("a", "b"), (seed, 6), 7), range(8))
+        assert list(made) == [[ord("a"), ord("b")]] * 8
 
 
 def test_a_small_measurement(tmp_path, monkeypatch):
