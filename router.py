@@ -270,6 +270,7 @@ class PromptRouter(nn.Module):
         iterations: int = 50,
         sample: int = 8192,
         transport: bool = True,
+        given: Tensor | None = None,
     ) -> None:
         """Set the codes to the centres of a balanced clustering of the prompts' embeddings.
 
@@ -281,14 +282,15 @@ class PromptRouter(nn.Module):
             seed: chooses the first centres and, of more than `sample` prompts, which are used.
             iterations: of assigning and averaging.
             transport: without it the clustering is k-means, and clusters have any size.
+            given: clusters of the prompts, (P,), instead.
         """
-        generator = step_generator(seed, "codes")
-        z = z[torch.randperm(len(z), generator=generator)[:sample]].to(self.own.device)  # (P, dz)
-        e = self(z)  # (P, D)
+        rows = torch.randperm(len(z), generator=step_generator(seed, "codes"))[:sample]
+        e = self(z[rows].to(self.own.device))  # (P, D)
         centres = e[: self.num_experts].clone()  # (N, D)
-        for _ in range(iterations):
+        for _ in range(iterations if given is None else 1):
             scores = self.similarity(e, centres)  # (N, P)
             experts = (sinkhorn(scores, iterations=10) if transport else scores).argmax(0)  # (P,)
+            experts = experts if given is None else given[rows].to(e.device)
             for i in experts.unique().tolist():
                 centres[i] = e[experts == i].mean(0)
         self.keys.copy_(centres)

@@ -107,6 +107,7 @@ class PruningStep:
         warmup: bool,
         own: Tensor | None = None,
         others: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and its terms, scalars. With a held budget, moves b so that T(A) = T_d first.
 
@@ -117,10 +118,10 @@ class PruningStep:
             warmup: each prompt is pruned by its own architecture e'.
             own: numbers of this process's rows of the batch, (b,); all if absent.
             others: embeddings of further prompts for the transport, (P, dz).
+            experts: of the prompts, (B,); the transport assigns them if absent.
         """
         cfg, B = self.cfg, len(z)
-        experts = None  # (B,); None while warming up
-        if not warmup:
+        if not warmup and experts is None:
             with torch.no_grad():
                 further = None if others is None else self.router(others)
                 balance = (cfg.eps, cfg.sinkhorn_iterations, cfg.transport)
@@ -254,9 +255,12 @@ def train(cfg: Pruning) -> dict[str, Any]:
     return read_json(cfg.out / "summary.json")
 
 
-def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
+def optimise(
+    problem: Problem, given: Tensor | None = None
+) -> tuple[PromptRouter, dict[str, float]]:
     """Train a router, from the last checkpoint: the router and the seconds of each phase.
 
+    For controls, `given` has the expert of each training row, (rows,), which is then not learned.
     Raises `UserError` where the loss is no longer finite.
     """
     cfg, teacher, z = problem.cfg, problem.teacher, problem.z
@@ -290,7 +294,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
             clock = time.time()
             warmup = step < cfg.warmup_steps
             if step == cfg.warmup_steps and cfg.num_experts > 1:
-                router.start_codes(z, seed=cfg.seed, transport=cfg.transport)
+                router.start_codes(z, seed=cfg.seed, transport=cfg.transport, given=given)
             # keys are fixed in the joint phase; so that routing is too, W stays as it is
             router.predictor.weight.requires_grad_(warmup or not cfg.own_keys)
             generator = step_generator(cfg.seed, "train", step)
@@ -305,6 +309,7 @@ def optimise(problem: Problem) -> tuple[PromptRouter, dict[str, float]]:
                 warmup=warmup,
                 own=own,
                 others=z[others].to(teacher.device),
+                experts=None if warmup or given is None else given[rows].to(teacher.device),
             )
             values = {name: terms[name].item() for name in TERMS}
             optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ fine-tuned for 100 steps. Of each its scores and its summary are kept.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from common.errors import UserError, command_line
-from common.files import replacing
+from common.files import read_json, replacing
 from evaluate import METHODS
 from evaluation.figures import sheet
 from evaluation.tables import aggregate, collect, markdown
@@ -27,6 +29,14 @@ from evaluation.tables import aggregate, collect, markdown
 RESULTS = Path(__file__).parent / "results"
 STEPS = 100  # an expert, by the paper's protocol
 KEPT = ("summary.json", "report/metrics.json")
+LADDER = {  # heading -> key, digits
+    "distance ↓": ("distance", 4),
+    "exchanged": ("distance_exchanged", 4),
+    "one code": ("distance_static", 4),
+    "soft MACs ratio": ("soft_ratio", 3),
+    "agreement": ("agreement", 3),
+    "perplexity": ("perplexity", 2),
+}
 PANELS = (("distance", "distance to the teacher before fine-tuning"), ("r1", "R@1, training"))
 
 
@@ -91,7 +101,31 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for budget, at in by_budget(rows).items():
         timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in at]
         parts.append(markdown(f"{budget:g} of the MACs", aggregate(timeless)))
-    return "\n".join(parts)
+    return "\n".join(parts + ladders())
+
+
+def ladders() -> list[str]:
+    """A table of each budget's rows that `docs.ladder` has measured, in the order of distances."""
+    parts = []
+    for folder in sorted(RESULTS.glob("ladder-*")):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted(folder.glob("*.json")):
+            row = read_json(path)
+            found.setdefault(row["row"], []).append(row)
+        ordered = sorted(found.items(), key=lambda item: mean(item[1], "distance"))
+        lines = [
+            [name, len(rows), *(f"{mean(rows, key):.{n}f}" for key, n in LADDER.values())]
+            for name, rows in ordered
+        ]
+        text = tabulate(lines, ["row", "seeds", *LADDER], tablefmt="github", disable_numparse=True)
+        title = f"Ladder at {folder.name.rsplit('-', 1)[1]} of the MACs, training captions"
+        parts.append(f"### {title}\n\n{text.replace('nan', '')}\n")
+    return parts
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    """The mean over seeds; nan where a row has no such value."""
+    return statistics.fmean(row.get(key, math.nan) for row in rows)
 
 
 def main() -> None:
