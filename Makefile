@@ -22,7 +22,7 @@ setup: .venv/installed
 
 demo: setup
 	$(RUN) train.py --budget 0.64 --out runs/emoji-0.64
-	.venv/bin/torchrun --nproc-per-node $(PROCESSES) -- finetune.py --run runs/emoji-0.64
+	.venv/bin/torchrun --nproc-per-node $(PROCESSES) -- finetune.py --run runs/emoji-0.64 --steps 60
 	$(RUN) sample.py --run runs/emoji-0.64 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.64/samples
 	$(RUN) evaluate.py --run runs/emoji-0.64
 
