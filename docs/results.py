@@ -85,7 +85,7 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
             axes.axhline(0.9 * teacher, color="grey", linestyle=":", label="0.9 of it")
         axes.set(xlabel="share of the teacher's MACs", title=title)
     panels[0, 0].set_yscale("log")
-    panels[0, 1].legend(frameon=False, fontsize=8)
+    panels[0, 1].legend(frameon=False, fontsize=8, loc="center left")
     return figure
 
 
