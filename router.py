@@ -288,9 +288,10 @@ class PromptRouter(nn.Module):
         e = self(z[rows].to(self.own.device))  # (P, D)
         centres = e[: self.num_experts].clone()  # (N, D)
         for _ in range(iterations if given is None else 1):
-            scores = self.similarity(e, centres)  # (N, P)
-            experts = (sinkhorn(scores, iterations=10) if transport else scores).argmax(0)  # (P,)
-            experts = experts if given is None else given[rows].to(e.device)
+            if given is None:
+                scores = self.similarity(e, centres)  # (N, P)
+                scores = sinkhorn(scores, iterations=10) if transport else scores
+            experts = scores.argmax(0) if given is None else given[rows].to(e.device)  # (P,)
             for i in experts.unique().tolist():
                 centres[i] = e[experts == i].mean(0)
         self.keys.copy_(centres)

@@ -45,10 +45,11 @@ def interval_means(values: Tensor, interval: Tensor) -> Tensor:
 
 def needs(importance: Tensor, macs: MacsModel, budget: float) -> Tensor:
     """MACs ratio of each sample's oracle code, (n, D) -> (n,), on average `budget`."""
-    low, high = importance.log().min().item(), importance.log().max().item()
+    scores = importance.log()  # (n, D)
+    low, high = scores.min().item(), scores.max().item()
     for _ in range(40):
         threshold = (low + high) / 2
-        ratios = macs((importance.log() > threshold).float()) / macs.dense  # (n,)
+        ratios = macs((scores > threshold).float()) / macs.dense  # (n,)
         low, high = (threshold, high) if ratios.mean() > budget else (low, threshold)
     return ratios
 
