@@ -251,10 +251,10 @@ def last_batch(
     rows = batch_rows(len(captions), settings["batch_size"], seed, step).tolist()
     others = torch.randperm(len(captions), generator=step_generator(seed, "train", step)).tolist()
     others = others[: max(0, settings.get("transport_rows", 0) - len(rows))]  # as `train.optimise`
-    e = pipeline.router(pipeline.encoder([captions[row] for row in rows + others]))  # (B + P, D)
+    router, z = pipeline.router, pipeline.encoder([captions[row] for row in rows + others])
+    e = router(z.to(router.own.device))  # (B + P, D)
     eps, iterations = settings["eps"], settings["sinkhorn_iterations"]
-    experts = pipeline.router.transport_assignment(e, eps, iterations)[: len(rows)]
-    return rows, experts.tolist()
+    return rows, router.transport_assignment(e, eps, iterations)[: len(rows)].tolist()
 
 
 # ---- the comparison of methods ----

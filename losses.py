@@ -21,7 +21,8 @@ Departures from the paper:
   sums independent of the resolution.
 - Eq. 28 divides each block's error by the mean square of the teacher's block, and takes the mean
   over blocks instead of the sum (`normalise=False`: exactly as printed). Blocks' mean squares
-  differ by a factor of hundreds. Eq. 29 gives the block level the weight `block_weight`.
+  differ by a factor of hundreds. Eq. 29 gives the block level the weight `block_weight`: 0 while
+  pruning (`train.py`), the paper's 1 while fine-tuning.
 - Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the
   caller passes the target that its teacher was trained on; the equation is the same.
 - Eq. 15 divides by B^(i), which may be 0: an expert that gets no sample of a batch adds nothing to
@@ -135,7 +136,7 @@ def distillation_loss(
     student_blocks: Sequence[Tensor],
     teacher_blocks: Sequence[Tensor],
     normalise: bool = True,
-    block_weight: float = 0.2,
+    block_weight: float = 1.0,
 ) -> Tensor:
     """Output level plus block level, (B,) [Eq. 29]
 
@@ -143,8 +144,11 @@ def distillation_loss(
         normalise: as in Eq. 28.
         block_weight: of the block level; the paper's value is 1.
     """
-    blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)  # (B,)
-    return output_distillation_loss(student, teacher) + block_weight * blocks
+    loss = output_distillation_loss(student, teacher)  # (B,)
+    if block_weight:
+        blocks = block_distillation_loss(student_blocks, teacher_blocks, normalise)  # (B,)
+        loss = loss + block_weight * blocks
+    return loss
 
 
 def finetuning_loss(

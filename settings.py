@@ -77,9 +77,9 @@ class Pruning:
     """Seed of everything random."""
     distill: bool = True
     """Distil while pruning; no: Table 3's third row."""
-    lambda_distill: float = 1.0
+    lambda_distill: float = 0.2
     """Weight of distillation, Eq. 15 (paper: 0.2)."""
-    block_weight: float = 0.2
+    block_weight: float = 0.0
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     normalise_blocks: bool = True
     """Blocks' errors relative to the teacher's; no: Eq. 28 (paper)."""
@@ -213,7 +213,6 @@ AS_PRINTED: dict[str, Any] = {
     "sample_noise": False,
     "common_noise": False,
     "normalise_blocks": False,
-    "lambda_distill": 0.2,
     "block_weight": 1.0,
     "transport_rows": 0,
     "caption_dropout": 0.0,

@@ -23,18 +23,17 @@ micro-batches or GPUs that a batch is divided among.
 | dL/da | `gate_gradient`, L being the image losses, weighted and summed | (B, D) |
 
 Departures from the paper, each with a switch; `--as-printed` turns all of them off:
-- `--hold-budget`. T(A) equals T_d in every step. Before a step, one number is added to the part b
-  that all logits share, so that the batch's soft gates cost T_d; lambda_res is the Lagrange
-  multiplier for which Eq. 15's gradient does not change T(A). With the printed constant weight the
-  image losses win: at a budget of 0.5 the soft gates end at 0.83, and the last third is cut without
-  training.
+- `--hold-budget`. T(A) equals T_d in every step: one number is added to b, the part that all logits
+  share, and lambda_res is the Lagrange multiplier for which Eq. 15's gradient keeps T(A). With the
+  printed weight the soft gates end at 0.80 instead of 0.5, and the rest is cut untrained.
 - `--importance-start`. Logits start at the units' Taylor importance, and the predictor's weights at
   a regression of that importance on the prompt, so that e is the prompt's architecture from the
   first step. The paper does not say where they start.
-- `--sample-noise`, `--common-noise`. Eq. 9's noise is sampled for each sample, not for each code,
-  so that a step sees as many architectures as samples. In the contrastive loss one noise serves the
-  whole batch: noise of their own makes e' dissimilar even if all e are the same.
+- `--sample-noise`, `--common-noise`. Eq. 9's noise is one for each sample, not each code; in the
+  contrastive loss it is one for all: noise of their own makes e' dissimilar even if all e agree.
 - `--caption-dropout`. Some captions are empty, as guidance will ask the experts about them.
+- `--block-weight`. Pruning distils from the teacher's output alone. Its blocks' outputs would be an
+  aim of their own: an expert may compute the same image by way of other features.
 - `--transport-rows`. The transport balances a batch among as many prompts as the paper's batch has;
   forced on the 64 of the embedded default alone, equal shares contradict the nearest code.
 - `--lr`, `--lr-decay`, `--predictor-rate`, `--weight-decay`: far fewer and larger steps than the

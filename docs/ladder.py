@@ -33,7 +33,7 @@ from settings import FREE, Pruning, resolve
 
 OFF = (  # switches of the first table in docs/departures.md
     *("hold_budget", "importance_start", "shared", "by_content", "own_keys", "center"),
-    *("sample_noise", "common_noise", "normalise_blocks"),
+    *("sample_noise", "common_noise"),
 )
 ROWS: dict[str, dict[str, Any]] = {  # name -> settings of `train.py`
     "aptp": {},
@@ -44,9 +44,13 @@ ROWS: dict[str, dict[str, Any]] = {  # name -> settings of `train.py`
     "random-clusters": {},
     "by-group": {},
     **{f"no-{name.replace('_', '-')}": {name: False} for name in OFF},
-    "distill-as-printed": {"lambda_distill": 0.2, "block_weight": 1.0},
+    "lambda-distill-1": {"lambda_distill": 1.0},
     "transport-rows-0": {"transport_rows": 0},
     "predictor-rate-1": {"predictor_rate": 1.0},
+    "blocks-0.2": {"block_weight": 0.2},
+    "blocks-1": {"block_weight": 1.0},
+    "plain-blocks-0.2": {"block_weight": 0.2, "normalise_blocks": False},
+    "distill-as-printed": {"block_weight": 1.0, "normalise_blocks": False},
     "lr-decay-0": {"lr_decay": 0.0},
     "weight-decay-0.01": {"weight_decay": 0.01},
     "caption-dropout-0": {"caption_dropout": 0.0},

@@ -332,6 +332,7 @@ def test_uni_arch_is_a_function_of_the_seed(problem_of, smallest, monkeypatch):
 def test_a_step_of_uni_arch_goes_down_its_loss(problem_of, unet):
     """AdamW's first step is lr times the gradient's sign; the gradient from one expression."""
     settings = {"warmup_steps": 0, "joint_steps": 1, "lr_warmup": 0, "open_logit": 0.5, "seed": 3}
+    settings |= {"block_weight": 0.2}
     problem = problem_of(unet, hold_budget=False, importance_start=False, **settings)
     cfg, space = problem.cfg, problem.space
     draw = step_generator(cfg.seed, "train", 0)

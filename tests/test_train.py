@@ -240,12 +240,12 @@ def test_a_step_in_parts_is_eq_15_in_one_piece(make_batch, unet, warmup):
 @pytest.mark.parametrize(
     ("options", "of_router"),
     [
-        ({"budget": 0.8}, {}),
+        ({"budget": 0.8, "block_weight": 0.2}, {}),
         ({"distill": False, "micro_batch": 1}, {"shared": False}),
         (PRINTED, {"shared": False, "center": False, "own_keys": False}),
         (PRINTED | {"micro_batch": 3, "distill": False}, {}),
     ],
-    ids=("all at once", "separate codes, no distillation", "as printed", "printed, in parts"),
+    ids=("with blocks", "separate codes, no distillation", "as printed", "printed, in parts"),
 )
 def test_every_kind_of_step_is_eq_15(make_batch, options, of_router, warmup):
     check_step(make_batch(**of_router), warmup=warmup, **options)
