@@ -29,7 +29,7 @@ from evaluate import APTP
 from evaluation.analysis import perplexity, read_log, shares
 from macs import meet_budget
 from problem import Problem, prepare
-from settings import FREE, Pruning, resolve
+from settings import AS_PRINTED, FREE, PRINTED, Pruning, resolve
 
 OFF = (  # switches of the first table in docs/departures.md
     *("hold_budget", "importance_start", "shared", "by_content", "own_keys", "center"),
@@ -58,6 +58,7 @@ ROWS: dict[str, dict[str, Any]] = {  # name -> settings of `train.py`
     "depth-all": {"depth": "all"},
     "depth-none": {"depth": "none"},
     "as-printed": {"as_printed": True},
+    "as-printed-without-blocks": AS_PRINTED | PRINTED["emoji"] | {"block_weight": 0.0},
 }
 SAME = ("seed", "depth", "by_content", "prompt_encoder")  # settings that `prepare` depends on
 
