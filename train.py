@@ -24,8 +24,8 @@ micro-batches or GPUs that a batch is divided among.
 
 Departures from the paper, each with a switch; `--as-printed` turns all of them off:
 - `--hold-budget`. T(A) equals T_d in every step: one number is added to b, the part that all logits
-  share, and lambda_res is the Lagrange multiplier for which Eq. 15's gradient keeps T(A). With the
-  printed weight the soft gates end at 0.80 instead of 0.5, and the rest is cut untrained.
+  share, and lambda_res is the Lagrange multiplier for which Eq. 15's gradient keeps T(A). With all
+  losses as printed the soft gates end at 0.80 instead of 0.5, and the rest is cut untrained.
 - `--importance-start`. Logits start at the units' Taylor importance, and the predictor's weights at
   a regression of that importance on the prompt, so that e is the prompt's architecture from the
   first step. The paper does not say where they start.
