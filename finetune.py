@@ -13,7 +13,7 @@ Departures from the paper:
 - A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with
   classifier-free guidance evaluates the expert on it as well. The paper does not say; 0 trains on
   captions alone.
-- Eq. 28 as while pruning: relative errors, mean over blocks (`normalise_blocks`; `losses.py`).
+- Eq. 28: relative errors, mean over blocks (`normalise_blocks`; `losses.py`).
 - An expert to which no training prompt is routed is trained on all of them, because
   `sample.py --expert` can ask for it.
 """

@@ -110,7 +110,9 @@ def test_pruning_step(compare, unet, stock, batch, request):
         output = stock(**{**batch.inputs(), "sample": sample}).sample
         blocks = recorder.take()
         denoising = losses.denoising_loss(output, batch.target)
-        distillation = losses.distillation_loss(output, teacher_output, blocks, teacher_blocks)
+        how = (step.cfg.normalise_blocks, step.cfg.block_weight)
+        outputs = (output, teacher_output, blocks, teacher_blocks)
+        distillation = losses.distillation_loss(*outputs, *how)
         (denoising + step.cfg.lambda_distill * distillation).mean().backward()
 
     compare(

@@ -53,30 +53,20 @@ def keep(runs: Path) -> int:
 
 
 def cells() -> list[dict[str, Any]]:
-    """The scores of all kept cells, each with its budget and steps an expert.
-
-    The folder of a comparison with other settings says so: `compare-emoji-experts-4-0.5` holds a
-    comparison at 0.5 whose `variant` is experts-4.
-    """
+    """The scores of all kept cells, each with its budget and steps an expert."""
     rows = []
-    for folder in sorted(RESULTS.glob("compare-emoji-*")):
-        variant, _, budget = folder.name.removeprefix("compare-emoji-").rpartition("-")
-        about = {"budget": float(budget), "variant": variant}
-        rows += [row | about for row in collect(folder, METHODS)]
+    for folder in sorted(RESULTS.glob("compare-*")):
+        budget = float(folder.name.rsplit("-", 1)[1])
+        rows += [row | {"budget": budget} for row in collect(folder, METHODS)]
     if not rows:
         raise UserError(f"there is no cell in {RESULTS}; --keep runs copies finished ones")
     return rows
 
 
-def shown(row: dict[str, Any]) -> bool:
-    """Whether a score is one of the curve's."""
-    return row["split"] == "train" and row["steps"] == STEPS and not row["variant"]
-
-
 def curve(rows: list[dict[str, Any]]) -> Figure:
     """Scores against MACs on training captions, a line a method, mean and deviation over seeds."""
     figure, panels = sheet(9, 3.8, ncols=2)
-    lines = {budget: aggregate(at) for (budget, _), at in by_setting(rows).items()}
+    lines = {budget: aggregate(at) for budget, at in by_budget(rows).items()}
     teacher = statistics.fmean(row["r1"] for row in rows if row["method"] == "dense")
     for axes, (key, title) in zip(panels[0], PANELS, strict=True):
         for number, method in enumerate(m for m in METHODS if m != "dense"):
@@ -99,21 +89,18 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def by_setting(rows: list[dict[str, Any]]) -> dict[tuple[float, str], list[dict[str, Any]]]:
-    """The rows of each variant and budget, the largest budget first."""
-    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["variant"], -row["budget"])):
-        found.setdefault((row["budget"], row["variant"]), []).append(row)
-    return found
+def by_budget(rows: list[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    """The rows of each budget, the largest first."""
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    return {budget: [row for row in rows if row["budget"] == budget] for budget in budgets}
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """A table for each setting. Seconds are left out: cells were run on several machines."""
+    """A table for each budget. Seconds are left out: cells were run on several machines."""
     parts = []
-    for (budget, variant), at in by_setting(rows).items():
+    for budget, at in by_budget(rows).items():
         timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in at]
-        title = f"{budget:g} of the MACs" + (f", {variant}" if variant else "")
-        parts.append(markdown(title, aggregate(timeless)))
+        parts.append(markdown(f"{budget:g} of the MACs", aggregate(timeless)))
     return "\n".join(parts + ladders())
 
 
@@ -150,7 +137,7 @@ def main() -> None:
     rows = cells()
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
     with replacing(RESULTS / "curve.svg") as temporary:
-        curve([row for row in rows if shown(row)]).savefig(
+        curve([row for row in rows if row["split"] == "train" and row["steps"] == STEPS]).savefig(
             temporary, format="svg", metadata={"Date": None}
         )
     with replacing(RESULTS / "tables.md") as temporary:
