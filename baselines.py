@@ -5,6 +5,7 @@
 | `norm` | units with the smallest weights, L1 (Li et al., 2017) | weights |
 | `sp` | units with the least Taylor importance, Diff-Pruning (Fang et al., 2023) | loss |
 | `routed-sp` | the same, for each of N clusters of prompts: our control, not the paper's | loss |
+| `routed-uni` | `uni-arch`'s one code N times, for each cluster to fine-tune: our control | loss |
 | `bksdm` | whole blocks in a fixed order, BK-SDM (Kim et al., 2023) | weights |
 | `random` | units chosen at random | seed |
 | `uni-arch` | units with the lowest logits of one code, trained as APTP's, no router | loss |
@@ -64,7 +65,7 @@ from train import CHECKPOINT, optimise
 
 DISTANCE_ROWS = 512  # rows of a split over which `output_distances` averages
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
-ROUTED = ("routed-sp",)  # methods with a code for each of `num_experts` clusters of prompts
+ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
@@ -254,6 +255,15 @@ def train_code(problem: Problem) -> Tensor:
     return router.codes.detach()[0].cpu()
 
 
+def routed_uni(problem: Problem, router: PromptRouter) -> Tensor:
+    """`uni_arch`'s code N times, (N, D): experts that differ in their fine-tuning alone.
+
+    They are fine-tuned on clusters of the prompt embeddings, the same as `routed_sp`'s.
+    """
+    router.start_codes(problem.z, seed=problem.cfg.seed)
+    return uni_arch(problem, router).repeat(problem.cfg.num_experts, 1)
+
+
 # ---- controls ----
 
 
@@ -306,5 +316,6 @@ METHODS: dict[str, Callable[[Problem, PromptRouter], Tensor]] = {
     "bksdm": bksdm,
     "random": random,
     "uni-arch": uni_arch,
+    "routed-uni": routed_uni,
     "dense": dense,
 }

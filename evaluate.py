@@ -31,12 +31,13 @@ from common.errors import UserError, command_line
 from common.files import replacing, write_json
 from common.options import read_options
 from common.randomness import batch_rows, step_generator
-from common.ranges import check_ranges
+from common.ranges import check_choice, check_ranges
 from common.runs import RUNS, as_json, claim, newest_run, read_run
 from evaluation import metrics
 from evaluation.analysis import Routed
 from evaluation.features import load_extractor
 from evaluation.generated import (
+    Exchanged,
     GeneratedImages,
     Sampling,
     examples,
@@ -63,7 +64,7 @@ APTP: dict[str, dict[str, Any]] = {  # and the rows of Table 3
 METHODS = (*APTP, *baselines.METHODS)
 PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
 SHARED = (  # settings of the comparison that are those of train.py
-    *("target", "teacher", "budget", "num_experts", "data_dir", "limit"),
+    *("target", "teacher", "budget", "num_experts", "depth", "data_dir", "limit"),
     *("warmup_steps", "joint_steps", "device"),
 )
 
@@ -91,6 +92,8 @@ class Config:
     """auto, cpu, cuda, cuda:1, mps."""
     dense: bool = True
     """Score the unpruned teacher on the same captions too."""
+    exchanged: bool = False
+    """Score the images of each prompt's next expert too, a control."""
     prompts_file: Path | None = None
     """With --metrics paper: PickScore of these (Table 6)."""
     without_transport: Path | None = None
@@ -107,6 +110,8 @@ class Config:
     """Share of the teacher's MACs."""
     num_experts: int = 8
     """Experts of APTP and its ablations."""
+    depth: str = "paper"
+    """As in train.py."""
     data_dir: Path | None = None
     """Folder of the target's files, for coco and cc3m."""
     limit: int | None = None
@@ -132,16 +137,10 @@ class Config:
 def check(cfg: Config) -> None:
     """Raises `UserError` for settings that cannot work."""
     check_ranges(cfg)
-    for name, value, known in (
-        ("metrics", cfg.metrics, SUITES),
-        ("protocol", cfg.protocol, PROTOCOLS),
-    ):
-        if value not in known:
-            raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
+    check_choice("metrics", cfg.metrics, SUITES)
+    check_choice("protocol", cfg.protocol, PROTOCOLS)
     if cfg.prompts_file and cfg.metrics != "paper":
-        raise UserError(
-            f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper, or leave it"
-        )
+        raise UserError(f"--prompts-file {cfg.prompts_file} is for PickScore; add --metrics paper")
 
 
 def score(cfg: Config, run: Path) -> dict[str, Any]:
@@ -151,8 +150,7 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     """
     check(cfg)
     pipeline, sampling = APTPPipeline.from_pretrained(run, cfg.device), cfg.sampling()
-    names = ("summary.json", "config.json", "assignments.json")
-    summary, settings, assigned = read_run(run, *names)
+    summary, settings, assigned = read_run(run, "summary.json", "config.json", "assignments.json")
     codes, macs = load_codes(run, pipeline.space), pipeline.macs()
     suite = SUITES[cfg.metrics](pipeline.teacher.device)
     method, experts = summary.get("method", "aptp"), summary["experts"]
@@ -215,11 +213,14 @@ def generated(
     rows: list[int],
     cfg: Config,
 ) -> dict[str, GeneratedImages]:
-    """Images of some captions by a run's experts and, unless switched off, by its teacher."""
+    """Images of some captions by a run's experts, its teacher, and by wrong experts, as asked."""
     base, sampling = pipeline.run / "report" / "images", cfg.sampling()
     made = {method: generate(pipeline, base, captions, split, rows, sampling, None)}
     if cfg.dense and method != "dense":
         made["dense"] = generate(pipeline, base, captions, split, rows, sampling, -1)
+    if cfg.exchanged and (N := len(pipeline.ratios)) > 1:
+        wrong = Exchanged(pipeline, N)
+        made[f"{method}-exchanged"] = generate(wrong, base, captions, split, rows, sampling, None)
     return made
 
 
@@ -245,7 +246,6 @@ def last_batch(
 
     Args:
         settings: the run's config.json; older ones have no `transport_rows`.
-        captions: of all training rows.
     """
     step, seed = settings["warmup_steps"] + settings["joint_steps"] - 1, settings["seed"]
     rows = batch_rows(len(captions), settings["batch_size"], seed, step).tolist()

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import check_writable
 from common.hub import PAPER_ENCODER, SDXL_BASE, STABLE_DIFFUSION
 from common.options import read_options
-from common.ranges import check_ranges
+from common.ranges import check_choice, check_ranges
 from common.runs import RUNS
 from gates import DEPTH_MODES
 from targets.images import check_target
@@ -277,12 +277,8 @@ def resolve(cfg: Pruning) -> Pruning:
     """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
     check_ranges(cfg)
     check_target(cfg.target)
-    for name, value, known in (
-        ("depth", cfg.depth, DEPTH_MODES),
-        ("precision", cfg.precision, tuple(PRECISIONS)),
-    ):
-        if value not in known:
-            raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
+    check_choice("depth", cfg.depth, DEPTH_MODES)
+    check_choice("precision", cfg.precision, PRECISIONS)
     kind = cfg.target if cfg.target in PRUNING else "paper"
     if cfg.as_printed:
         cfg = filled(replace(cfg, **AS_PRINTED), PRINTED[kind])
@@ -309,9 +305,7 @@ def resolve(cfg: Pruning) -> Pruning:
 def resolve_finetuning(cfg: Finetuning, target: str) -> Finetuning:
     """Fill in what depends on the target, and refuse what cannot work. Raises `UserError`."""
     check_ranges(cfg)
-    if cfg.precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise UserError(f"--precision {cfg.precision} is unknown; choose one of: {known}")
+    check_choice("precision", cfg.precision, PRECISIONS)
     return filled(cfg, FINETUNING.get(target, FINETUNING["paper"]))
 
 
@@ -320,7 +314,7 @@ def read_pruning(arguments: list[str], description: str | None) -> Pruning:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     preset, rest = parser.parse_known_args(arguments)
-    if preset.preset not in (None, *PRESETS):
-        raise UserError(f"--preset {preset.preset} is unknown; choose one of: {', '.join(PRESETS)}")
+    if preset.preset is not None:
+        check_choice("preset", preset.preset, PRESETS)
     start = Pruning(**PRESETS.get(preset.preset, {}))
     return read_options(Pruning, description, rest, start)

@@ -1,8 +1,9 @@
-"""What every number that a script takes may be: one table, by the field's name."""
+"""What every number that a script takes may be: one table, by the field's name. And choices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -95,6 +96,12 @@ RANGES = {
     "trial_images": IMAGES,
     "guidances": WEIGHT,
 }
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises `UserError` for a value of `--name` that is not among the `known` ones."""
+    if value not in known:
+        raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
 
 
 def check_ranges(cfg: Any) -> None:

@@ -54,6 +54,23 @@ class Pipeline(Protocol):
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """A pipeline that sends each prompt to the expert after its own: a control."""
+
+    pipeline: Pipeline
+    num_experts: int
+
+    def identity(self, expert: int | None) -> list[str]:
+        return ["exchanged", *self.pipeline.identity(expert)]
+
+    def route(self, prompts: Sequence[str]) -> list[int]:
+        return [(i + 1) % self.num_experts for i in self.pipeline.route(prompts)]
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> HasImages:
+        return self.pipeline(prompts, **settings)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How images are generated."""
 

@@ -102,8 +102,10 @@ def collect(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
         method, seed = name.rsplit("-", 1)
         in_all = int(steps) * read_json(run / "summary.json")["num_experts"]
         cell = {"seed": int(seed), "steps": int(steps), "steps_in_all": in_all}
-        rows += [row | cell for row in read_json(path)["rows"] if row["method"] == method]
-    place = {method: k for k, method in enumerate(methods)}
+        own = (method, f"{method}-exchanged")  # the latter is a control: wrong experts
+        rows += [row | cell for row in read_json(path)["rows"] if row["method"] in own]
+    place = {method: 2 * k for k, method in enumerate(methods)}
+    place |= {f"{method}-exchanged": k + 1 for method, k in place.items()}
     return sorted(
         rows, key=lambda r: (r["split"], r["steps_in_all"], place[r["method"]], r["seed"])
     )

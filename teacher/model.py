@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.hub import lasting_name
+from common.ranges import check_choice
 from teacher.conditions import TIME_IDS, Conditions
 from teacher.folders import TEXT_ENCODERS, stays_float32
 from teacher.pipelines import (
@@ -229,10 +230,7 @@ def load_teacher(
     Raises:
         UserError: there is no such teacher, it cannot be loaded, or not in this way.
     """
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"--precision {precision} is unknown; choose one of: {', '.join(PRECISIONS)}"
-        )
+    check_choice("precision", precision, PRECISIONS)
     settings: dict[str, Any] = {}
     shape, dtype = name.removesuffix(RANDOM), PRECISIONS[precision]
     pipe: Pipeline

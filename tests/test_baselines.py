@@ -380,6 +380,17 @@ def test_uni_arch_lowers_its_loss(problem_of, smallest, tmp_path):
     assert distance(problem, code) < min(distance(problem, other) for other in chance)
 
 
+def test_routed_uni_has_uni_archs_code_and_routed_sps_clusters(problem_of, smallest, monkeypatch):
+    monkeypatch.setattr("problem.TAYLOR_BATCHES", 1)
+    monkeypatch.setattr(baselines, "ROUTED_BATCHES", 2)
+    problem = problem_of(smallest)
+    routers = {name: problem.start_router() for name in ("routed-uni", "routed-sp")}
+    codes = {name: METHODS[name](problem, router) for name, router in routers.items()}
+    assert torch.equal(codes["routed-uni"], code_of("uni-arch", problem).expand(3, -1))
+    clusters = [router.route(problem.z) for router in routers.values()]
+    assert torch.equal(*clusters) and len(clusters[0].unique()) == 3
+
+
 @torch.no_grad()
 def distance(problem, code) -> float:
     """Mean squared difference to the teacher's output, under the gates of a code."""

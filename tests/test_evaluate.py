@@ -157,13 +157,16 @@ def test_a_run_with_experts_is_scored_and_reported(tmp_path):
         budget=0.7, num_experts=2, warmup_steps=1, joint_steps=1, batch_size=4, limit=24, out=run
     )
     train.train(dataclasses.replace(cfg, device="cpu"))
-    scored = evaluate.score(dataclasses.replace(SMALL, methods=None), run)
+    scored = evaluate.score(dataclasses.replace(SMALL, methods=None, exchanged=True), run)
     assert scored == read_json(run / "report" / "metrics.json")
     rows = {(row["method"], row["split"]): row for row in scored["rows"]}
-    assert {method for method, _ in rows} == {"aptp", "dense", "autoencoder"}
+    assert {method for method, _ in rows} == {"aptp", "aptp-exchanged", "dense", "autoencoder"}
     for split in ("train", "validation"):
         assert rows["dense", split]["macs_ratio"] == 1
         assert rows["aptp", split]["macs_ratio"] < 1 and rows["aptp", split]["images"] == 4
+        ratios = [expert["macs_ratio"] for expert in read_json(run / "summary.json")["experts"]]
+        both = [rows[name, split]["macs_ratio"] for name in ("aptp", "aptp-exchanged")]
+        assert sum(both) == pytest.approx(sum(ratios))  # with two experts, the wrong is the other
         assert rows["autoencoder", split]["frechet"] >= 0
     labels = [(entry["split"], entry["label"]) for entry in scored["nmi"]]
     assert labels == [(x, y) for x in ("train", "validation") for y in ("group", "style")]
@@ -255,6 +258,10 @@ def test_a_stopped_generation_goes_on_and_asks_for_nothing_twice(tmp_path):
         (row, 0, 0) for row in rows
     ]
     assert images.costs([0.2, 0.6])["macs_ratio"] == pytest.approx((3 * 0.6 + 2 * 0.2) / 5)
+    wrong = generated.Exchanged(pipeline, 2)  # a control: the other expert, images of its own
+    others = generated.generate(wrong, tmp_path, captions, "train", rows, sampling, None)
+    assert others.experts == [0, 1, 0, 0, 1] and others.folder != images.folder
+    assert {entry[:2] for entry in asked[5:]} == {entry[:2] for entry in asked[:5]}  # same seeds
 
 
 def test_retained_is_what_the_cut_experts_blocks_cost(unet):
@@ -377,15 +384,16 @@ def test_tables_3_and_5_come_with_their_cells(tmp_path):
         experts = 2 if method in evaluate.APTP else 1
         write_json(run / "summary.json", {"num_experts": experts})
         row = {"method": method, "split": "validation", "r1": r1, "frechet": 1.0}
-        write_json(
-            run / "report" / "metrics.json", {"rows": [row, row | {"method": "autoencoder"}]}
-        )
+        others = [row | {"method": name} for name in ("autoencoder", f"{method}-exchanged")]
+        write_json(run / "report" / "metrics.json", {"rows": [row, *others]})
 
     make("uni-arch", 100, 0.4)
     make("aptp", 50, 0.6)
     tables.write_tables(tmp_path, evaluate.METHODS)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "Table 3" not in text and "Table 5" not in text and "autoencoder" not in text
+    wanted = ["aptp", "aptp-exchanged", "uni-arch", "uni-arch-exchanged"]
+    assert [row[0] for row in cells_of(text)[1:]] == wanted
     make("contrastive", 50, 0.3)
     make("aptp", 100, 0.7)
     tables.write_tables(tmp_path, evaluate.METHODS)
