@@ -1,6 +1,6 @@
 """Which prompts get more MACs, and are these the harder ones? Tables 2 and 4.
 
-    python -m docs.needs runs/compare-emoji-0.5/aptp-0     # writes docs/results/needs.md
+    python -m docs.needs runs/compare-emoji-0.5/aptp-?     # writes docs/results/needs.md
 
 Each of some thousand training prompts, at a random timestep, has two measures of how hard it is:
 
@@ -11,15 +11,21 @@ Each of some thousand training prompts, at a random timestep, has two measures o
 
 Both depend on the timestep above all. So importance and loss are relative to their means in the
 same interval of the noise schedule. They are correlated with the MACs of the prompt's expert.
+
+Training captions say a style; whoever asks for "a giraffe" does not. So for `emoji` it is counted
+how many bare names find an expert of the thing: that of its flat or of its outlined drawing.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import spearmanr
 from tabulate import tabulate
@@ -29,10 +35,13 @@ from common.errors import command_line
 from common.files import replacing
 from common.runs import read_run
 from docs.results import RESULTS
+from evaluation.analysis import perplexity
 from finetune import load_codes
 from macs import MacsModel
 from problem import INTERVALS, Problem, gate_gradients, prepare
+from sample import APTPPipeline
 from settings import Pruning
+from targets.emoji import STYLES, Emoji, split_drawings, with_article
 
 BATCHES = 128
 
@@ -75,6 +84,31 @@ def table(what: str, keys: list[str], spent: Tensor, need: Tensor, loss: Tensor)
     return tabulate(lines, heads, tablefmt="github", floatfmt=".3f")
 
 
+def bare_names(route: Callable[[list[str]], list[int]], drawings: Sequence[Emoji]) -> str:
+    """How often a bare name's expert is that of its flat or of its outlined form.
+
+    Beside it what chance would give: an expert drawn as often as bare names get it.
+
+    Args:
+        route: the expert of each prompt.
+        drawings: whose names are asked for.
+    """
+    things = [with_article(drawing.name, drawing.group) for drawing in drawings]
+    bare, *styled = (
+        route([phrasing.format(thing=thing) for thing in things])
+        for phrasing in ("{thing}", *(f"{{thing}}, {style} emoji" for style in STYLES))
+    )
+    forms = [set(pair) for pair in zip(*styled, strict=True)]
+    hits = sum(i in own for i, own in zip(bare, forms, strict=True)) / len(bare)
+    often = Counter(bare)
+    chance = sum(often[i] for own in forms for i in own) / len(bare) ** 2
+    spread = perplexity(np.array(list(often.values())) / len(bare))
+    return (
+        f"{hits:.1%} of {len(bare)} bare validation names go to the expert of their flat or "
+        f"outlined form (by chance {chance:.1%}); the perplexity of their experts is {spread:.2f}."
+    )
+
+
 def report(run: Path) -> str:
     """The tables of a run. Raises `UserError` where it is not one."""
     settings, assigned, summary = read_run(run, "config.json", "assignments.json", "summary.json")
@@ -102,21 +136,23 @@ def report(run: Path) -> str:
     ]
     word_heads = ["expert", "MACs ratio", "prompts", "most frequent words"]
     groups = [problem.data.groups[row] for row in rows.tolist()]
-    return "\n\n".join(
-        [
-            f"### {run.name}: what experts are for, at {summary['budget']:g} of the MACs",
-            tabulate(words, word_heads, tablefmt="github", floatfmt=".3f"),
-            tabulate(lines, heads, tablefmt="github", floatfmt=".3f"),
-            table("expert", [str(i) for i in experts.tolist()], spent, need, loss),
-            table("group", groups, spent, need, loss) + "\n",
-        ]
-    )
+    parts = [
+        f"### {run.name}: what experts are for, at {summary['budget']:g} of the MACs",
+        tabulate(words, word_heads, tablefmt="github", floatfmt=".3f"),
+        tabulate(lines, heads, tablefmt="github", floatfmt=".3f"),
+        table("expert", [str(i) for i in experts.tolist()], spent, need, loss),
+        table("group", groups, spent, need, loss),
+    ]
+    if settings["target"] == "emoji":
+        pipeline = APTPPipeline.from_pretrained(run)
+        parts.append(bare_names(pipeline.route, split_drawings("validation")))
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run folder of train.py")
-    text = report(parser.parse_args().run)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders of train.py")
+    text = "\n".join(report(run) for run in parser.parse_args().runs)
     with replacing(RESULTS / "needs.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)

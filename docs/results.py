@@ -4,13 +4,13 @@
     python -m docs.results                  # write docs/results/tables.md and curve.svg
 
 A cell is a run folder, `compare-emoji-0.5/aptp-0@100` say: of 0.5 of the MACs, seed 0, each expert
-fine-tuned for 100 steps. Of each its scores and its summary are kept.
+fine-tuned for 100 steps. Of each its scores and its summary are kept. A comparison with settings of
+its own (`evaluate.py --out runs/compare-emoji-4-experts-0.5`) gets a table of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
 from pathlib import Path
@@ -53,11 +53,12 @@ def keep(runs: Path) -> int:
 
 
 def cells() -> list[dict[str, Any]]:
-    """The scores of all kept cells, each with its budget and steps an expert."""
+    """The scores of all kept cells, each with its budget, variant and steps an expert."""
     rows = []
     for folder in sorted(RESULTS.glob("compare-*")):
-        budget = float(folder.name.rsplit("-", 1)[1])
-        rows += [row | {"budget": budget} for row in collect(folder, METHODS)]
+        _, _target, *variant, budget = folder.name.split("-")
+        where = {"variant": " ".join(variant), "budget": float(budget)}
+        rows += [row | where for row in collect(folder, METHODS)]
     if not rows:
         raise UserError(f"there is no cell in {RESULTS}; --keep runs copies finished ones")
     return rows
@@ -66,7 +67,7 @@ def cells() -> list[dict[str, Any]]:
 def curve(rows: list[dict[str, Any]]) -> Figure:
     """Scores against MACs on training captions, a line a method, mean and deviation over seeds."""
     figure, panels = sheet(9, 3.8, ncols=2)
-    lines = {budget: aggregate(at) for budget, at in by_budget(rows).items()}
+    lines = {budget: aggregate(at) for (_, budget), at in by_comparison(rows).items()}
     teacher = statistics.fmean(row["r1"] for row in rows if row["method"] == "dense")
     for axes, (key, title) in zip(panels[0], PANELS, strict=True):
         for number, method in enumerate(m for m in METHODS if m != "dense"):
@@ -89,43 +90,62 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def by_budget(rows: list[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
-    """The rows of each budget, the largest first."""
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    return {budget: [row for row in rows if row["budget"] == budget] for budget in budgets}
+def by_comparison(
+    rows: list[dict[str, Any]],
+) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """The rows of each variant and budget: no variant first, the largest budget first."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (len(row["variant"]), row["variant"], -row["budget"])):
+        found.setdefault((row["variant"], row["budget"]), []).append(row)
+    return found
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """A table for each budget. Seconds are left out: cells were run on several machines."""
+    """A table for each comparison. Seconds are left out: cells were run on several machines."""
     parts = []
-    for budget, at in by_budget(rows).items():
+    for (variant, budget), at in by_comparison(rows).items():
         timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in at]
-        parts.append(markdown(f"{budget:g} of the MACs", aggregate(timeless)))
+        title = f"{budget:g} of the MACs" + (f": {variant}" if variant else "")
+        parts.append(markdown(title, aggregate(timeless)))
     return "\n".join(parts + ladders())
 
 
 def ladders() -> list[str]:
-    """A table of each budget's rows that `docs.ladder` has measured, in the order of distances."""
+    """A table of each budget's rows that `docs.ladder` has measured: one seed, then several."""
     parts = []
     for folder in sorted(RESULTS.glob("ladder-*")):
         found: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("*.json")):
             row = read_json(path)
             found.setdefault(row["row"], []).append(row)
-        ordered = sorted(found.items(), key=lambda item: mean(item[1], "distance"))
-        lines = [
-            [name, len(rows), *(f"{mean(rows, key):.{n}f}" for key, n in LADDER.values())]
-            for name, rows in ordered
-        ]
-        text = tabulate(lines, ["row", "seeds", *LADDER], tablefmt="github", disable_numparse=True)
+        first = {name: [r for r in rows if r["seed"] == 0] for name, rows in found.items()}
+        several = {name: rows for name, rows in found.items() if len(rows) > 1}
         title = f"Ladder at {folder.name.rsplit('-', 1)[1]} of the MACs, training captions"
-        parts.append(f"### {title}\n\n{text.replace('nan', '')}\n")
+        for rows, what in ((first, "seed 0"), (several, "means over seeds")):
+            if rows:
+                parts.append(ladder(f"{title}, {what}", rows))
     return parts
 
 
-def mean(rows: list[dict[str, Any]], key: str) -> float:
-    """The mean over seeds; nan where a row has no such value."""
-    return statistics.fmean(row.get(key, math.nan) for row in rows)
+def ladder(title: str, found: dict[str, list[dict[str, Any]]]) -> str:
+    """Rows of the ladder, each with its seeds, as a table in the order of distances."""
+
+    def cell(rows: list[dict[str, Any]], key: str, digits: int) -> str:
+        values = [row[key] for row in rows if key in row]
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+    def distance(name: str) -> float:
+        return statistics.fmean(row["distance"] for row in found[name])
+
+    lines = [
+        [name, len(found[name]), *(cell(found[name], key, n) for key, n in LADDER.values())]
+        for name in sorted(found, key=distance)
+    ]
+    heads = ["row", "seeds", *LADDER]
+    return f"### {title}\n\n{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n"
 
 
 def main() -> None:
@@ -137,7 +157,8 @@ def main() -> None:
     rows = cells()
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
     with replacing(RESULTS / "curve.svg") as temporary:
-        curve([row for row in rows if row["split"] == "train" and row["steps"] == STEPS]).savefig(
+        own = [row for row in rows if not row["variant"] and row["steps"] == STEPS]
+        curve([row for row in own if row["split"] == "train"]).savefig(
             temporary, format="svg", metadata={"Date": None}
         )
     with replacing(RESULTS / "tables.md") as temporary:

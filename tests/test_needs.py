@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from docs.needs import interval_means, measure, needs, table
+from docs.needs import bare_names, interval_means, measure, needs, table
+from targets.emoji import split_drawings
 
 
 @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
@@ -40,3 +41,18 @@ def test_a_table_has_the_means_of_each_key():
         ["b", "1", "0.300", "4.000", "2.000"],
         ["a", "2", "0.600", "1.500", "0.500"],
     ]
+
+
+def test_bare_names_are_counted_beside_chance():
+    drawings = split_drawings("validation")[:4]
+    asked: list[list[str]] = []
+
+    def route(prompts: list[str]) -> list[int]:
+        asked.append(prompts)
+        return [[0, 1, 2, 2], [0, 0, 1, 2], [1, 1, 0, 0]][len(asked) - 1]
+
+    text = bare_names(route, drawings)
+    assert all(flat == f"{bare}, flat emoji" for bare, flat in zip(*asked[:2], strict=True))
+    # forms {0, 1}, {0, 1}, {1, 0}, {2, 0}: names 0, 1 and 3 are right; shares 1/4, 1/4, 1/2
+    assert text.startswith("75.0% of 4 ") and "(by chance 56.2%)" in text
+    assert text.endswith("is 2.83.")
