@@ -28,6 +28,7 @@ from evaluation.tables import aggregate, collect, markdown
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 100  # an expert, by the paper's protocol
+BUDGET = 0.5  # where methods differ
 KEPT = ("summary.json", "report/metrics.json")
 LADDER = {  # heading -> key, digits
     "distance ↓": ("distance", 4),
@@ -37,7 +38,11 @@ LADDER = {  # heading -> key, digits
     "agreement": ("agreement", 3),
     "perplexity": ("perplexity", 2),
 }
-PANELS = (("distance", "distance to the teacher before fine-tuning"), ("r1", "R@1, training"))
+PANELS = (
+    ("distance", "distance to the teacher, not fine-tuned"),
+    ("r1", f"R@1, {STEPS} fine-tuning steps an expert"),
+    ("r1", f"R@1 at {BUDGET} of the MACs"),
+)
 
 
 def keep(runs: Path) -> int:
@@ -65,16 +70,22 @@ def cells() -> list[dict[str, Any]]:
 
 
 def curve(rows: list[dict[str, Any]]) -> Figure:
-    """Scores against MACs on training captions, a line a method, mean and deviation over seeds."""
-    figure, panels = sheet(9, 3.8, ncols=2)
-    lines = {budget: aggregate(at) for (_, budget), at in by_comparison(rows).items()}
+    """Scores on training captions, a line a method, mean and deviation over seeds.
+
+    By MACs with `STEPS` steps an expert, and at `BUDGET` by the number of steps in all.
+    """
+    figure, panels = sheet(12, 3.6, ncols=3)
+    rows = [row for row in rows if row["split"] == "train" and not row["variant"]]
+    usual = by_comparison([row for row in rows if row["steps"] == STEPS])
+    macs = [(budget, line) for (_, budget), at in usual.items() for line in aggregate(at)]
+    at_budget = aggregate([row for row in rows if row["budget"] == BUDGET])
+    steps = [(line["steps_in_all"], line) for line in at_budget if line["method"] != "dense"]
     teacher = statistics.fmean(row["r1"] for row in rows if row["method"] == "dense")
-    for axes, (key, title) in zip(panels[0], PANELS, strict=True):
+    for axes, (key, title), lines in zip(panels[0], PANELS, (macs, macs, steps), strict=True):
         for number, method in enumerate(m for m in METHODS if m != "dense"):
             points = [
-                (budget, line[key], line[f"{key}_std"])  # no bar where the deviation is nan
-                for budget, found in sorted(lines.items())
-                for line in found
+                (x, line[key], line[f"{key}_std"])  # no bar where the deviation is nan
+                for x, line in sorted(lines, key=lambda pair: pair[0])
                 if line["method"] == method
             ]
             if points:
@@ -86,7 +97,13 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
             axes.axhline(0.9 * teacher, color="grey", linestyle=":", label="0.9 of it")
         axes.set(xlabel="share of the teacher's MACs", title=title)
     panels[0, 0].set_yscale("log")
-    panels[0, 1].legend(frameon=False, fontsize=8, loc="center left")
+    known = panels[0, 1].get_legend_handles_labels()
+    panels[0, 0].legend(*known, frameon=False, fontsize=8, loc="lower left")
+    ticks = sorted({count for count, _ in steps})
+    panels[0, 2].set_xscale("log")
+    panels[0, 2].set_xticks(ticks, [f"{count:,}" for count in ticks])
+    panels[0, 2].minorticks_off()
+    panels[0, 2].set(xlabel="fine-tuning steps, those of all experts together")
     return figure
 
 
@@ -157,10 +174,7 @@ def main() -> None:
     rows = cells()
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
     with replacing(RESULTS / "curve.svg") as temporary:
-        own = [row for row in rows if not row["variant"] and row["steps"] == STEPS]
-        curve([row for row in own if row["split"] == "train"]).savefig(
-            temporary, format="svg", metadata={"Date": None}
-        )
+        curve(rows).savefig(temporary, format="svg", metadata={"Date": None})
     with replacing(RESULTS / "tables.md") as temporary:
         temporary.write_text(tables(rows), encoding="utf-8")
     print(f"wrote {RESULTS / 'tables.md'} and curve.svg from {len(rows)} rows")
