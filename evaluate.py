@@ -214,13 +214,12 @@ def generated(
     cfg: Config,
 ) -> dict[str, GeneratedImages]:
     """Images of some captions by a run's experts, its teacher, and by wrong experts, as asked."""
-    base, sampling = pipeline.run / "report" / "images", cfg.sampling()
-    made = {method: generate(pipeline, base, captions, split, rows, sampling, None)}
+    what = (pipeline.run / "report" / "images", captions, split, rows, cfg.sampling())
+    made = {method: generate(pipeline, *what, None)}
     if cfg.dense and method != "dense":
-        made["dense"] = generate(pipeline, base, captions, split, rows, sampling, -1)
+        made["dense"] = generate(pipeline, *what, -1)
     if cfg.exchanged and (N := len(pipeline.ratios)) > 1:
-        wrong = Exchanged(pipeline, N)
-        made[f"{method}-exchanged"] = generate(wrong, base, captions, split, rows, sampling, None)
+        made[f"{method}-exchanged"] = generate(Exchanged(pipeline, N), *what, None)
     return made
 
 
@@ -246,6 +245,7 @@ def last_batch(
 
     Args:
         settings: the run's config.json; older ones have no `transport_rows`.
+        captions: of all training rows.
     """
     step, seed = settings["warmup_steps"] + settings["joint_steps"] - 1, settings["seed"]
     rows = batch_rows(len(captions), settings["batch_size"], seed, step).tolist()

@@ -41,7 +41,7 @@ from macs import MacsModel
 from problem import INTERVALS, Problem, gate_gradients, prepare
 from sample import APTPPipeline
 from settings import Pruning
-from targets.emoji import STYLES, Emoji, split_drawings, with_article
+from targets.emoji import STYLES, TARGET_PHRASINGS, Emoji, split_drawings, with_article
 
 BATCHES = 128
 
@@ -94,10 +94,9 @@ def bare_names(route: Callable[[list[str]], list[int]], drawings: Sequence[Emoji
         drawings: whose names are asked for.
     """
     things = [with_article(drawing.name, drawing.group) for drawing in drawings]
-    bare, *styled = (
-        route([phrasing.format(thing=thing) for thing in things])
-        for phrasing in ("{thing}", *(f"{{thing}}, {style} emoji" for style in STYLES))
-    )
+    with_style, _, without = TARGET_PHRASINGS
+    bare = route([without.format(thing=thing) for thing in things])
+    styled = [route([with_style.format(thing=t, style=style) for t in things]) for style in STYLES]
     forms = [set(pair) for pair in zip(*styled, strict=True)]
     hits = sum(i in own for i, own in zip(bare, forms, strict=True)) / len(bare)
     often = Counter(bare)

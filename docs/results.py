@@ -135,7 +135,7 @@ def ladders() -> list[str]:
         for path in sorted(folder.glob("*.json")):
             row = read_json(path)
             found.setdefault(row["row"], []).append(row)
-        first = {name: [r for r in rows if r["seed"] == 0] for name, rows in found.items()}
+        first = {row["row"]: [row] for rows in found.values() for row in rows if row["seed"] == 0}
         several = {name: rows for name, rows in found.items() if len(rows) > 1}
         title = f"Ladder at {folder.name.rsplit('-', 1)[1]} of the MACs, training captions"
         for rows, what in ((first, "seed 0"), (several, "means over seeds")):
