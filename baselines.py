@@ -18,16 +18,13 @@ can be compared between layers. How that is done, and other departures:
 - `norm`: L1 norms grow with a layer's size, so a unit's is divided by its layer's mean. A depth
   unit's is the mean absolute weight of the layer, divided by the mean over the removable ResBlocks
   or Transformers. Li et al. close a share of each layer that is chosen by hand, and no layers.
-- `sp`: all scores are changes of one loss, so they are compared as they are. Fang et al. close the
+- `sp`: the importance of `importance.py`. All scores are changes of one loss, so they are compared
+  as they are. Fang et al. close the
   same share of every layer's channels, and add gradients up over the timesteps before they take
   absolute values; on a converged teacher these gradients cancel. Both are worse here: on the first
   pocket teacher, at 0.78 of the MACs, the mean squared difference to its output before fine-tuning
   is 0.065 with the same share of every layer, 0.009 with signed sums, 0.0002 with neither. Fang et
   al. leave out timesteps of small loss; here whole intervals of the schedule are left out.
-- Why a gate's gradient is that importance, without a gradient for any weight: a layer reads a
-  unit's features h as W h, where W are the weights for that unit, and a gate a makes this
-  W (a h) = (a W) h. So dL/da at a = 1 is the sum of w dL/dw over W. To first order, this is how
-  much the loss falls when W goes to zero. A depth gate does the same for a whole branch.
 - `bksdm`: Kim et al. give three sets of blocks. Base: of every stage all pairs of a ResBlock and a
   Transformer but the first and, in the decoder, the last. Small: also the middle. Tiny: also the
   innermost stage (its resampling stays here: the space has no unit for it). Here, for any budget,
@@ -49,21 +46,16 @@ from dataclasses import replace
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from tqdm import tqdm
 
-import losses
 from common.randomness import step_generator
 from gates import ArchSpace, Layer, inside
+from importance import taylor_importance
 from macs import MacsModel, check_budget, meet_budget
-from problem import Problem, taylor_importance
-from prune_unet import attach_gates, gated_module
+from prune_unet import gated_module
 from router import PromptRouter
-from targets.images import CaptionedImages, spread
-from teacher.encoded import encode_target
-from teacher.model import Teacher, add_noise
+from run import Setup
 from train import CHECKPOINT, optimise
 
-DISTANCE_ROWS = 512  # rows of a split over which `output_distances` averages
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
@@ -74,25 +66,25 @@ def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
     return meet_budget(scores[None], torch.ones(1), macs, budget)
 
 
-def dense(problem: Problem, router: PromptRouter) -> Tensor:
+def dense(setup: Setup, router: PromptRouter) -> Tensor:
     """The unpruned model: all gates open, (1, D)."""
-    return torch.ones(1, problem.space.size)
+    return torch.ones(1, setup.space.size)
 
 
-def random(problem: Problem, router: PromptRouter) -> Tensor:
+def random(setup: Setup, router: PromptRouter) -> Tensor:
     """A code that closes units at random, (1, D)."""
-    generator = step_generator(problem.cfg.seed, "random code")
-    scores = torch.rand(problem.space.size, generator=generator)  # (D,)
-    return close_lowest(scores, problem.macs, problem.cfg.budget)
+    generator = step_generator(setup.cfg.seed, "random code")
+    scores = torch.rand(setup.space.size, generator=generator)  # (D,)
+    return close_lowest(scores, setup.macs, setup.cfg.budget)
 
 
 # ---- norm ----
 
 
-def norm(problem: Problem, router: PromptRouter) -> Tensor:
+def norm(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that closes units of small weights, (1, D). Li et al., 2017."""
-    scores = relative_norms(problem.teacher.unet, problem.space)
-    return close_lowest(scores, problem.macs, problem.cfg.budget)
+    scores = relative_norms(setup.teacher.unet, setup.space)
+    return close_lowest(scores, setup.macs, setup.cfg.budget)
 
 
 @torch.no_grad()
@@ -139,37 +131,37 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
 # ---- sp ----
 
 
-def sp(problem: Problem, router: PromptRouter) -> Tensor:
+def sp(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
-    return close_lowest(taylor_importance(problem)[0], problem.macs, problem.cfg.budget)
+    return close_lowest(taylor_importance(setup)[0], setup.macs, setup.cfg.budget)
 
 
-def routed_sp(problem: Problem, router: PromptRouter) -> Tensor:
+def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
     """Codes that close, for each cluster of prompts, what matters least to it, (N, D).
 
     Nothing is trained. The prompt embeddings are clustered, with clusters of like size, which
     `router` routes to; importance is that of each cluster's prompts, over `ROUTED_BATCHES` batches.
     """
-    router.start_codes(problem.z, seed=problem.cfg.seed)
-    clusters = router.route(problem.z).cpu()  # (rows,)
-    scores = taylor_importance(problem, clusters, ROUTED_BATCHES)  # (N, D)
+    router.start_codes(setup.z, seed=setup.cfg.seed)
+    clusters = router.route(setup.z).cpu()  # (rows,)
+    scores = taylor_importance(setup, clusters, ROUTED_BATCHES)  # (N, D)
     shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
-    return meet_budget(scores, shares, problem.macs, problem.cfg.budget)
+    return meet_budget(scores, shares, setup.macs, setup.cfg.budget)
 
 
 # ---- bksdm ----
 
 
-def bksdm(problem: Problem, router: PromptRouter) -> Tensor:
+def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that removes blocks in BK-SDM's order down to the budget, (1, D). Kim et al., 2023.
 
     Raises:
         ValueError: the space is not one of depth "all".
     """
-    macs, space, budget = problem.macs, problem.space, problem.cfg.budget
+    macs, space, budget = setup.macs, setup.space, setup.cfg.budget
     check_budget(budget, macs)
     removed, following = blocks_to_remove(macs, budget)
-    scores = relative_norms(problem.teacher.unet, space)
+    scores = relative_norms(setup.teacher.unet, space)
     beyond = scores.max() + 1  # more than two scores can differ by
     for layer in space.layers:
         if inside(layer, removed):
@@ -232,12 +224,12 @@ def removal_order(space: ArchSpace) -> list[list[str]]:
 # ---- uni-arch ----
 
 
-def uni_arch(problem: Problem, router: PromptRouter) -> Tensor:
+def uni_arch(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
-    return close_lowest(train_code(problem), problem.macs, problem.cfg.budget)
+    return close_lowest(train_code(setup), setup.macs, setup.cfg.budget)
 
 
-def train_code(problem: Problem) -> Tensor:
+def train_code(setup: Setup) -> Tensor:
     """Logits of one code after training on denoising, distillation and resource loss, (D,).
 
     The steps are those of Eq. 15 with N = 1, where routing has nothing to choose, and without the
@@ -246,70 +238,25 @@ def train_code(problem: Problem) -> Tensor:
     Raises:
         UserError: the loss is no longer finite.
     """
-    cfg = problem.cfg
-    assert cfg.out and cfg.joint_steps and cfg.warmup_steps is not None
+    cfg = setup.cfg
+    assert cfg.out
     steps = cfg.warmup_steps + cfg.joint_steps
     alone = replace(cfg, num_experts=1, lambda_cont=0.0, warmup_steps=0, joint_steps=steps)
-    router, _ = optimise(replace(problem, cfg=alone))
+    router, _ = optimise(replace(setup, cfg=alone))
     (cfg.out / CHECKPOINT).unlink()
     return router.codes.detach()[0].cpu()
 
 
-def routed_uni(problem: Problem, router: PromptRouter) -> Tensor:
+def routed_uni(setup: Setup, router: PromptRouter) -> Tensor:
     """`uni_arch`'s code N times, (N, D): experts that differ in their fine-tuning alone.
 
     They are fine-tuned on clusters of the prompt embeddings, the same as `routed_sp`'s.
     """
-    router.start_codes(problem.z, seed=problem.cfg.seed)
-    return uni_arch(problem, router).repeat(problem.cfg.num_experts, 1)
+    router.start_codes(setup.z, seed=setup.cfg.seed)
+    return uni_arch(setup, router).repeat(setup.cfg.num_experts, 1)
 
 
-# ---- controls ----
-
-
-@torch.no_grad()
-def output_distances(
-    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Tensor, macs: MacsModel
-) -> dict[str, float]:
-    """Mean squared distance to the teacher's output, before any fine-tuning, over some rows.
-
-    `distance` is that of each prompt's own expert. Its controls: `distance_exchanged`, of the next
-    expert instead; `distance_static`, of one code for all, made of the codes' mean.
-
-    Args:
-        data: a split; `DISTANCE_ROWS` of its rows, spread evenly, are used.
-        codes: binary codes, (N, D).
-        experts: expert of each row of the split, (rows,).
-    """
-    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))  # (n,)
-    encoded = encode_target(teacher, data.take(rows.tolist()))
-    N, own = len(codes), experts[rows]  # (n,)
-    shares = torch.bincount(own, minlength=N).double() / len(own)  # (N,)
-    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()  # (1, D)
-    budget = (shares @ macs(codes)).item() / macs.dense
-    found = {"distance": codes[own]}  # gates of each row, (n, D)
-    if N > 1:
-        static = meet_budget(mean, torch.ones(1), macs, budget)
-        found["distance_exchanged"] = codes[(own + 1) % N]
-        found["distance_static"] = static[torch.zeros_like(own)]
-    totals, gates = dict.fromkeys(found, 0.0), attach_gates(teacher.unet, macs.space)
-    try:
-        parts = torch.arange(len(rows)).split(64)
-        for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
-            generator = step_generator(0, "distance", step)
-            inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
-            gates.set_gates(None)
-            expected = teacher.unet(**inputs).sample
-            for name, gated in found.items():
-                gates.set_gates(gated[part].to(teacher.device))
-                output = teacher.unet(**inputs).sample
-                totals[name] += losses.output_distillation_loss(output, expected).sum().item()
-    finally:
-        gates.detach()
-    return {name: total / len(rows) for name, total in totals.items()}
-
-
-METHODS: dict[str, Callable[[Problem, PromptRouter], Tensor]] = {
+METHODS: dict[str, Callable[[Setup, PromptRouter], Tensor]] = {
     "norm": norm,
     "sp": sp,
     "routed-sp": routed_sp,

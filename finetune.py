@@ -9,18 +9,14 @@ router sends to it, with the teacher's output and block outputs as targets. Expe
 each other: one job an expert is fine. A finished expert is not trained again; a killed one goes on
 from its last checkpoint.
 
-Departures from the paper:
-- A tenth of the captions is replaced by the empty one (`caption_dropout`), because sampling with
-  classifier-free guidance evaluates the expert on it as well. The paper does not say; 0 trains on
-  captions alone.
-- Eq. 28: relative errors, mean over blocks (`normalise_blocks`; `losses.py`).
-- An expert to which no training prompt is routed is trained on all of them, because
-  `sample.py --expert` can ask for it.
+What differs from the paper: docs/departures.md#finetune.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 import time
 from pathlib import Path
 
@@ -30,30 +26,22 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
-from common.checkpoint import Checkpoint
+from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, remove_leftovers
 from common.options import read_options
-from common.processes import count, leave_processes, pick_device, rank, start_processes
+from common.processes import leave_processes, pick_device, rank, start_processes, world_size
 from common.randomness import batch_rows, step_generator
-from common.runs import newest_run, read_run, refuse_other_settings
+from common.ranges import check
 from gates import ArchSpace
-from problem import load_split
-from prune_unet import cut_expert, save_expert
-from settings import IDENTITY, Finetuning, resolve_finetuning
-from teacher.blocks import BlockRecorder
+from prune_unet import BlockRecorder, cut_expert, find_units, save_expert
+from run import expert_path, load_codes, load_split, newest_run, read_run
+from settings import TUNED_BY, Finetuning, finetuning_of
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 TERMS = ("loss", "denoising", "distillation")
-
-HALF_SCALE = 1024.0  # multiplies the loss in half precision; gradients are divided by it
-
-
-def expert_path(run: Path, expert: int) -> Path:
-    """Where a run keeps a fine-tuned expert."""
-    return run / "experts" / f"{expert}.safetensors"
 
 
 def checkpoint_path(run: Path, expert: int) -> Path:
@@ -61,16 +49,9 @@ def checkpoint_path(run: Path, expert: int) -> Path:
     return run / "experts" / f"{expert}.checkpoint.safetensors"
 
 
-def load_codes(run: Path, space: ArchSpace) -> Tensor:
-    """The run's binary codes, (N, D). Raises `UserError` where they belong to another U-Net."""
-    tensors, _ = load_tensors(run / "codes.safetensors")
-    codes = tensors["codes"].float()
-    if codes.shape[1] != space.size:
-        raise UserError(
-            f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run "
-            f"is from another teacher"
-        )
-    return codes
+def made_with(cfg: Finetuning) -> dict[str, object]:
+    """The settings that an expert depends on."""
+    return {name: getattr(cfg, name) for name in TUNED_BY}
 
 
 def finetuning_step(
@@ -86,8 +67,8 @@ def finetuning_step(
     """
     B, dtype = len(batch.sample), teacher.dtype
     total = torch.zeros(3)  # the loss and its two terms
-    scale = HALF_SCALE if dtype == torch.float16 else 1.0
-    for part in torch.arange(B).split(cfg.micro_batch or B):
+    scale = losses.loss_scale(dtype)
+    for part in torch.arange(B).split(cfg.micro_batch):
         inputs = batch.part(part)
         with torch.no_grad():
             teacher_output = teacher.unet(**inputs.inputs()).sample
@@ -100,8 +81,8 @@ def finetuning_step(
             teacher_output,
             blocks,
             teacher_blocks,
-            cfg.normalise_blocks,
-            cfg.block_weight,
+            normalise=cfg.normalise_blocks,
+            block_weight=cfg.block_weight,
         )  # (b,)
         loss = losses.finetuning_loss(denoising, distillation, cfg.alpha_ddpm, cfg.alpha_distill)
         share = len(part) / B
@@ -119,30 +100,32 @@ def finetune_expert(
     cfg: Finetuning,
     run: Path,
     i: int,
+    *,
     teacher: Teacher,
+    dense: UNet2DConditionModel,
     space: ArchSpace,
     code: Tensor,
     data: Encoded,
     empty: Conditions,
     rows: Tensor,
 ) -> None:
-    """Train expert `i` on `rows` of the target, from its last checkpoint, and write it to the run.
+    """Train expert `i` on its rows, from its last checkpoint, and write it to the run.
 
     Args:
-        data: the target's training rows, encoded.
+        teacher: what it learns from, in the run's precision.
+        dense: the teacher's U-Net in float32, which the expert is cut out of.
+        data: the training rows, encoded.
         empty: conditions of one image, with the empty caption.
         rows: row numbers, (R,).
     """
-    assert cfg.steps and cfg.batch_size and cfg.lr
     path = expert_path(run, i)
     remove_leftovers(path.parent, f"{i}.*")
-    identity = {key: getattr(cfg, key) for key in IDENTITY}
-    expert = cut_expert(teacher.unet, code, space).float().requires_grad_(True)
+    expert = cut_expert(dense, code, space).to(teacher.device).requires_grad_(True)
     if cfg.checkpointing:
         expert.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(expert.parameters(), lr=cfg.lr)
     checkpoint = Checkpoint(
-        checkpoint_path(run, i), {"expert": expert, "optimizer": optimizer}, identity
+        checkpoint_path(run, i), {"expert": expert, "optimizer": optimizer}, made_with(cfg)
     )
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
@@ -169,7 +152,8 @@ def finetune_expert(
     log.close()
     for recorder in recorders:
         recorder.detach()
-    save_expert(path, expert, code, space, {"expert": i, "rows": len(rows), "settings": identity})
+    meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
+    save_expert(path, expert, code, space, meta)
     checkpoint.path.unlink(missing_ok=True)
 
 
@@ -181,72 +165,88 @@ def first_and_last(run: Path, i: int) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
+def unfinished(cfg: Finetuning, run: Path, wanted: list[int]) -> list[int]:
+    """Those of the experts that are not fine-tuned yet.
+
+    Raises `UserError` where one was fine-tuned with other settings.
+    """
+    todo = []
+    for i in wanted:
+        if expert_path(run, i).exists():
+            settings = load_tensors(expert_path(run, i))[1]["settings"]
+            refuse_other_settings(expert_path(run, i), settings, made_with(cfg))
+            checkpoint_path(run, i).unlink(missing_ok=True)  # where a kill came just before
+        else:
+            todo.append(i)
+    return todo
+
+
 def finetune(cfg: Finetuning) -> None:
     """Fine-tune the experts of a run that are not done yet.
 
     Raises `UserError` for what the user can mend.
     """
+    check(cfg)
     run = cfg.run or newest_run()
     names = ("summary.json", "config.json", "assignments.json")
     summary, settings, assigned = read_run(run, *names)
-    cfg = resolve_finetuning(cfg, summary["target"])
     N = summary["num_experts"]
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     device = start_processes(pick_device(cfg.device))
     wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
-    todo = []
-    for i in wanted:
-        if expert_path(run, i).exists():
-            made_with = load_tensors(expert_path(run, i))[1]["settings"]
-            identity = {key: getattr(cfg, key) for key in IDENTITY}
-            refuse_other_settings(expert_path(run, i), made_with, identity)
-            checkpoint_path(run, i).unlink(missing_ok=True)  # where a kill came just before
-        else:
-            todo.append(i)
+    todo = unfinished(cfg, run, wanted)
     if not todo:
         print(f"{run}: all of the experts asked for are fine-tuned already")
         leave_processes()
         return
 
-    teacher = load_teacher(
-        summary["teacher"],
-        device,
-        precision=cfg.precision,
-        resolution=summary["resolution"],
-    )
-    space = ArchSpace.from_unet(teacher.unet, settings["depth"])
+    name, pixels = summary["teacher"], summary["resolution"]
+    teacher = load_teacher(name, device, precision=cfg.precision, resolution=pixels)
+    # experts start from the weights as they are, not as the precision rounds them
+    dense = teacher.unet if cfg.precision == "fp32" else load_teacher(name).unet
+    space = find_units(dense, settings["depth"])
     codes = load_codes(run, space)
     data = load_split(settings, assigned, "train", teacher.resolution)
     assignment = torch.tensor(assigned["train"])  # (rows,)
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.empty_conditions().to("cpu")
     leave_processes()  # from here on nothing is shared, and none waits for another
-    for i in wanted[rank() :: count()]:
-        if i not in todo:
-            continue
-        rows = (assignment == i).nonzero().flatten()  # (R,)
+    for i in [i for i in wanted[rank() :: world_size()] if i in todo]:
+        own = (assignment == i).nonzero().flatten()  # (R,)
         clock = time.time()
         finetune_expert(
             cfg,
             run,
             i,
-            teacher,
-            space,
-            codes[i],
-            encoded,
-            empty,
-            rows if len(rows) else torch.arange(len(data)),
+            teacher=teacher,
+            dense=dense,
+            space=space,
+            code=codes[i],
+            data=encoded,
+            empty=empty,
+            rows=own if len(own) else torch.arange(len(data)),
         )
         before, after = first_and_last(run, i)
         print(
-            f"expert {i}: {len(rows)} prompts, {cfg.steps} steps in {time.time() - clock:.0f} s, "
+            f"expert {i}: {len(own)} prompts, {cfg.steps} steps in {time.time() - clock:.0f} s, "
             f"distillation loss {before:.4f} -> {after:.4f}, {expert_path(run, i)}"
         )
 
 
+def read_finetuning(arguments: list[str], description: str | None) -> Finetuning:
+    """`Finetuning` from arguments; the run's target sets what they do not."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", type=Path)
+    if {"-h", "--help"} & set(arguments):
+        return read_options(Finetuning, description, arguments)
+    run = parser.parse_known_args(arguments)[0].run or newest_run()
+    (summary,) = read_run(run, "summary.json")
+    return read_options(Finetuning, description, arguments, finetuning_of(summary["target"]))
+
+
 def main() -> None:
-    finetune(read_options(Finetuning, __doc__))
+    finetune(read_finetuning(sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

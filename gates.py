@@ -1,10 +1,9 @@
-"""The architecture space and its gates: Sec. 3.3, Eqs. 9 and 12.
+"""Architecture codes and their gates: Sec. 3.3, Eqs. 9 and 12.
 
-An architecture code a = (u, v) holds one logit for each prunable unit: v for width (GroupNorm
-groups of a ResBlock, heads of an attention, slices of a feed-forward layer) and u for depth (a
-whole ResBlock or Transformer). `ArchSpace` finds the units of any diffusers `UNet2DConditionModel`
-by module type and says which coordinates of a code belong to which layer. The paper prints logits
-in plain letters (a, u, v) and the gates made of them in bold ones.
+A code a = (u, v) holds one logit for each prunable unit: v for width (GroupNorm groups of a
+ResBlock, heads of an attention, slices of a feed-forward layer), u for depth (a whole ResBlock or
+Transformer). Noise and a sigmoid turn logits into soft gates; a threshold turns them into binary
+ones. `ArchSpace` says which coordinates belong to which layer (`prune_unet.find_units` makes it).
 
 | symbol | name here | shape |
 |---|---|---|
@@ -15,39 +14,17 @@ in plain letters (a, u, v) and the gates made of them in bold ones.
 | bold a = (u, v), e' | gates in [0, 1], the result of `gumbel_sigmoid` | (..., D) |
 | g | `noise` | broadcasts to (..., D) |
 
-Departures from the paper, and what it leaves open:
-- Order inside a code: all width units in the U-Net's module order, then the depth units. The paper
-  fixes none.
-- A feed-forward layer's unit is a 1/32 slice of its inner width, and depth may remove the last
-  ResBlock and the last Transformer of each down and up block. The paper names neither; together
-  they give the D = 1620 that it states for SD 2.1 (704 groups, 390 heads, 512 slices, 14 layers).
-- With one Gumbel variable, P(gate > 1/2) = 1 - exp(-exp(logit)), not sigmoid(logit) as the text
-  below Eq. 9 says (that would take the difference of two). Eq. 9 is kept as printed.
-- How a code becomes binary is not said. Here a unit is open where its logit exceeds a threshold
-  (`binarize`), without noise, so a code gives one expert and always the same one;
-  `macs.meet_budget` chooses the threshold, one for all codes, so that the budget is met.
-- At least one unit of every layer stays open (the one with the highest logit): a layer without
-  channels has no kernel to run. Removing a layer altogether is what the depth units are for.
+The paper prints logits in plain letters and the gates made of them in bold ones.
+What differs from the paper: docs/departures.md#gates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
-
-FEEDFORWARD_SLICES = 32
-
-DEPTH_MODES = ("paper", "all", "none")
 
 
 @dataclass(frozen=True)
@@ -70,37 +47,6 @@ class ArchSpace:
 
     layers: tuple[Layer, ...]
     depth: str = "paper"
-
-    @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel, depth: str = "paper") -> ArchSpace:
-        """Find the units of a diffusers UNet2DConditionModel by module type (App. D.1, D.3).
-
-        Args:
-            unet: any device, the meta device included.
-            depth: which layers may be removed whole. `paper`: the last ResBlock and the last
-                Transformer of each down and up block, where input and output shapes agree; `all`:
-                every ResBlock and Transformer where they agree; `none`.
-
-        Raises:
-            ValueError: unknown `depth`.
-        """
-        if depth not in DEPTH_MODES:
-            raise ValueError(f"depth must be one of {', '.join(DEPTH_MODES)}, got {depth!r}")
-        found: list[tuple[str, str, int]] = []
-        for name, module in unet.named_modules():
-            if isinstance(module, ResnetBlock2D):
-                found.append((name, "resnet", module.norm2.num_groups))
-            elif isinstance(module, Attention):
-                found.append((name, "attention", module.heads))
-            elif isinstance(module, FeedForward):
-                slices = math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)
-                found.append((name, "feedforward", slices))
-        found += [(name, "depth", 1) for name in removable_layers(unet, depth)]
-        layers, start = [], 0
-        for name, kind, units in found:
-            layers.append(Layer(name, kind, start, units))
-            start += units
-        return cls(tuple(layers), depth)
 
     @property
     def size(self) -> int:
@@ -131,31 +77,6 @@ class ArchSpace:
         u = {layer.name: code[..., layer.start] for layer in self.depth_layers}
         v = {layer.name: code[..., layer.span] for layer in self.width_layers}
         return u, v
-
-
-def removable_layers(unet: UNet2DConditionModel, depth: str) -> list[str]:
-    """Names of the ResBlocks and Transformers that a depth unit may remove, in module order."""
-    chosen: list[str] = []
-    # channels that enter the next ResBlock; those of a skip connection are not counted
-    channels = unet.conv_in.out_channels
-    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
-    blocks.append(("mid_block", unet.mid_block))
-    blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
-    for path, block in blocks:
-        if block is None:
-            continue
-        for kind, parent in (("resnets", ResnetBlock2D), ("attentions", Transformer2DModel)):
-            members: Sequence[Any] = getattr(block, kind, None) or []
-            for index, module in enumerate(members):
-                if not isinstance(module, parent):
-                    continue
-                same_shape = True
-                if kind == "resnets":
-                    same_shape, channels = module.out_channels == channels, module.out_channels
-                last_outside_middle = index == len(members) - 1 and path != "mid_block"
-                if same_shape and (depth == "all" or (depth == "paper" and last_outside_middle)):
-                    chosen.append(f"{path}.{kind}.{index}")
-    return chosen
 
 
 def inside(layer: Layer, owners: list[str]) -> bool:

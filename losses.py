@@ -7,27 +7,11 @@ Image losses give one value for each sample, (B,), so that Eq. 15 can weight the
 | z, bold e' | `z`, `e_prime`: prompt embeddings, architecture vectors | (B, dz), (B, D) |
 | log r, log s | `similarity_distribution` of z, of bold e' | (B, B) |
 | tau | `contrast_temp` | scalar |
-| T(A), T_d | `macs`, `target`: MACs | scalar |
-| B^(i) | `counts`: how often i is in `assignment` | (N,) |
+| T(A), T_d | `cost`, `budget`: MACs or seconds | scalar |
+| B^(i) | `counts`: how often i is in `experts` | (N,) |
 | eps (Eq. 1), theta | not here: the caller passes `prediction` and `target` | - |
 
-Departures from the paper:
-- The sign of Eq. 13. As printed it is a log-likelihood, which grows as r and s agree, yet Eq. 15
-  minimises it; its negative, the binary cross-entropy, is what can be minimised.
-- Eq. 13 compares e' minus its mean over the batch, as routing does (`router.py`); the cosines of e'
-  itself are all near 1, and the loss is flat. `center=False` compares e', exactly as printed.
-- Eq. 13's log(1 - s) stops at s = 1 - 1e-6, since s reaches 1 where a prompt resembles itself only.
-- Squared norms (Eqs. 1, 27, 28) are means over a sample's elements, which keeps the weights of the
-  sums independent of the resolution.
-- Eq. 28 divides each block's error by the mean square of the teacher's block, and takes the mean
-  over blocks instead of the sum (`normalise=False`: exactly as printed). Blocks' mean squares
-  differ by a factor of hundreds. Eq. 29 gives the block level the weight `block_weight`: 0 while
-  pruning (`train.py`), the paper's 1 while fine-tuning.
-- Eq. 1 predicts the noise. SD 2.1 and the pocket teacher predict v = alpha eps - sigma x, so the
-  caller passes the target that its teacher was trained on; the equation is the same.
-- Eq. 15 divides by B^(i), which may be 0: an expert that gets no sample of a batch adds nothing to
-  the mean, and the divisor stays N. The warm-up, where each sample has its own architecture, takes
-  the plain mean over the samples; Eq. 15 does not cover it.
+What differs from the paper: docs/departures.md#losses.
 """
 
 from __future__ import annotations
@@ -37,6 +21,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """What a loss is multiplied by before its backward pass, and gradients divided by after it.
+
+    Half precision has no room for gradients as small as those of one unit.
+    """
+    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -79,27 +71,29 @@ def contrastive_loss(
     return -(r * log_s + (1 - r) * log_not_s).mean()
 
 
-def resource_loss(macs: Tensor, target: Tensor | float) -> Tensor:
-    """R(x, y) = log(max(x, y) / min(x, y)) = |log x - log y|, a scalar [Eq. 26] [Eq. 31]"""
-    target = torch.as_tensor(target, dtype=macs.dtype, device=macs.device)
-    return (torch.log(macs) - torch.log(target)).abs()
-
-
-def budget_multiplier(slope: Tensor, price: Tensor, a: Tensor, gumbel_temp: float) -> Tensor:
-    """lambda_res as a Lagrange multiplier: -<g, h> / <h, h>, a scalar >= 0.
-
-    g is the gradient of the image losses and h that of log T(A), both with respect to the logits.
-    g + lambda_res h then has no component along h, so a small step neither raises nor lowers T.
+def resource_loss(cost: Tensor, budget: float) -> Tensor:
+    """R(x, y) = log(max(x, y) / min(x, y)) = |log x / y|, a scalar [Eq. 26] [Eq. 31]
 
     Args:
-        slope: gradient of the image losses with respect to the gates, (B, D).
-        price: gradient of log T(A) with respect to the gates, (B, D).
-        a: the gates (the paper's bold a), (B, D).
-        gumbel_temp: gamma; a gate's derivative by its logit is a (1 - a) / gamma.
+        cost: T(A), the mean over the batch, a scalar.
+        budget: T_d, in the same unit.
     """
-    # the chain rule from gates to logits: from here on slope is g, and price is h, (B, D)
-    slope, price = (d.double() * (a * (1 - a) / gumbel_temp).double() for d in (slope, price))
-    return (-(slope * price).sum() / price.square().sum().clamp(min=1e-30)).clamp(min=0)
+    return torch.log(cost / budget).abs()
+
+
+def budget_multiplier(image: Sequence[Tensor], cost: Sequence[Tensor]) -> Tensor:
+    """lambda_res as a Lagrange multiplier: -<g, h> / <h, h>, a scalar >= 0.
+
+    With g the gradient of the image losses and h that of log T(A), g + lambda_res h is at right
+    angles to h: a small step along it neither raises nor lowers T.
+
+    Args:
+        image, cost: g and h, a tensor for each trained parameter.
+    """
+    pairs = list(zip(image, cost, strict=True))
+    gh = torch.stack([(g * h).sum() for g, h in pairs]).sum()
+    hh = torch.stack([h.square().sum() for _, h in pairs]).sum()
+    return (-gh / hh.clamp(min=1e-30)).clamp(min=0)
 
 
 def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -158,28 +152,29 @@ def finetuning_loss(
     return (alpha_ddpm * denoising + alpha_distill * distillation).mean()
 
 
-def sample_weights(assignment: Tensor | None, num_experts: int, batch_size: int) -> Tensor:
+def sample_weights(experts: Tensor | None, num_experts: int, batch_size: int) -> Tensor:
     """Weight of each sample in Eq. 15's image losses: 1 / (N B^(i)), or 1 / B in warm-up, (B,).
 
     Each expert has the total weight 1 / N, however many samples it got.
 
     Args:
-        assignment: expert of each sample, (B,), int64, in [0, N); None during warm-up.
+        experts: of each sample, (B,), int64, in [0, N); None in the warm-up.
         num_experts: N.
         batch_size: B.
     """
-    if assignment is None:
+    if experts is None:
         return torch.full((batch_size,), 1 / batch_size)
-    counts = torch.bincount(assignment, minlength=num_experts)  # (N,)
-    return 1 / (num_experts * counts[assignment]).float()
+    counts = torch.bincount(experts, minlength=num_experts)  # (N,)
+    return 1 / (num_experts * counts[experts]).float()
 
 
 def pruning_loss(
+    *,
     denoising: Tensor,
     distillation: Tensor,
     resource: Tensor,
     contrastive: Tensor,
-    assignment: Tensor | None,
+    experts: Tensor | None,
     num_experts: int,
     lambda_distill: float = 0.2,
     lambda_res: float | Tensor = 2.0,
@@ -190,11 +185,11 @@ def pruning_loss(
     Args:
         denoising, distillation: per-sample losses, (B,).
         resource, contrastive: scalars.
-        assignment: expert of each sample, (B,), int64; None during warm-up (a plain mean).
+        experts: of each sample, (B,), int64; None in the warm-up (a plain mean).
         num_experts: N, the number of codes.
         lambda_distill, lambda_res, lambda_cont: weights; the defaults are the paper's.
     """
     image = denoising + lambda_distill * distillation  # (B,)
-    weights = sample_weights(assignment, num_experts, len(image)).to(image)  # (B,)
+    weights = sample_weights(experts, num_experts, len(image)).to(image)  # (B,)
     mean = (weights * image).sum()
     return mean + lambda_res * resource.to(mean.dtype) + lambda_cont * contrastive

@@ -1,5 +1,9 @@
 """What a code costs: T(a) of Eqs. 15 and 26, and binary codes that meet a budget. Sec. 3.3.1.
 
+MACs are multiply-accumulates of one forward of one image. A layer's MACs are linear in the units
+that it keeps, and a removed layer has none, so T(a) is a closed form. Its coefficients are read off
+the U-Net once, on the meta device, where no weight is allocated.
+
 | symbol | name here | shape |
 |---|---|---|
 | T(a) | `MacsModel` | (..., D) -> (...,) |
@@ -7,36 +11,23 @@
 | B^(i) / B | `shares` | (N,) |
 | bold v, u | `widths`, `depths`: W width gates, M depth gates; D = W + M | (..., W), (..., M) |
 
-MACs are multiply-accumulates of one forward of one image. A layer's MACs are linear in the units
-that it keeps, and a removed layer has none, so T(a) is a closed form. Its coefficients are read off
-the U-Net once, on the meta device, where no weight is allocated.
-
-Departures from the paper, and what it leaves open:
-- MACs are counted exactly, as `torch.utils.flop_counter` counts matrix products (half its flops).
-  The paper's 1384.2 G for SD 2.1 at 768 px come from counting cross-attention as S x S instead of
-  S x 77; the true figure is 1074.6 G. Budgets mean the true count; `plan.paper_macs` repeats the
-  paper's.
-- Soft gates enter T(a) as they are: a layer costs its cost times the mean of its gates, times its
-  depth gate. The paper does not say how it prices them.
-- `meet_budget` turns trained codes into binary ones that meet the budget; the paper does not say
-  how it does.
+What differs from the paper: docs/departures.md#macs.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from gates import ArchSpace, Layer, binarize
+from prune_unet import example_inputs, find_units, meta_copy
 
 LEFTOVER = 0.01  # share of the budget that `meet_budget` may leave unused
 
@@ -44,38 +35,7 @@ LEFTOVER = 0.01  # share of the budget that `meet_budget` may leave unused
 # ---- counting ----
 
 
-def skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A U-Net of the same configuration on the meta device: shapes without weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(unet.config).eval()
-
-
-def example_inputs(
-    unet: UNet2DConditionModel,
-    latent_size: int,
-    text_tokens: int,
-    device: str | torch.device = "meta",
-) -> dict[str, Any]:
-    """Keyword arguments of one forward of one image."""
-    config = unet.config
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    size = (1, config.in_channels, latent_size, latent_size)
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(size, device=device),
-        "timestep": torch.zeros(1, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(1, text_tokens, width, device=device),
-    }
-    if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(1, pooled, device=device),
-            "time_ids": torch.zeros(1, 6, device=device),
-        }
-    return inputs
-
-
-def module_macs(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Counter[str]:
+def module_macs(unet: nn.Module, inputs: dict[str, Any]) -> Counter[str]:
     """MACs of every module by `torch.utils.flop_counter`, by path; "" is the whole U-Net.
 
     The counter does not know every fused attention (the CPU's, for one), so attention runs as plain
@@ -106,12 +66,16 @@ class MacsModel:
     fixed_cost: Tensor  # (1 + M,) float64: MACs that no width unit changes
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """Gates (..., D), soft or binary -> MACs (...,), float64; whole numbers for binary gates.
+        """Gates (..., D), soft or binary -> MACs (...,). Differentiable.
 
-        Differentiable.
+        On the CPU they are float64, and exact for binary gates; elsewhere float32, as not every
+        device has more.
         """
-        unit_cost, fixed_cost = self.unit_cost.to(codes.device), self.fixed_cost.to(codes.device)
-        widths, depths = codes.double().split([unit_cost.shape[0], unit_cost.shape[1] - 1], dim=-1)
+        dtype = torch.float64 if codes.device.type == "cpu" else torch.float32
+        unit_cost, fixed_cost = (
+            t.to(codes.device, dtype) for t in (self.unit_cost, self.fixed_cost)
+        )
+        widths, depths = codes.to(dtype).split([unit_cost.shape[0], unit_cost.shape[1] - 1], dim=-1)
         by_region = widths @ unit_cost + fixed_cost  # (..., 1 + M)
         return by_region[..., 0] + (depths * by_region[..., 1:]).sum(-1)  # (...,)
 
@@ -131,7 +95,7 @@ class MacsModel:
 
 
 def measure_macs(
-    unet: UNet2DConditionModel,
+    unet: nn.Module,
     space: ArchSpace | None = None,
     *,
     latent_size: int,
@@ -140,13 +104,13 @@ def measure_macs(
     """Read T(a)'s coefficients off a U-Net, once, on the meta device.
 
     Args:
-        unet: a diffusers UNet2DConditionModel, on any device; only its configuration is used.
-        space: its architecture space; `ArchSpace.from_unet(unet)` if absent.
+        unet: on any device; only its configuration is used.
+        space: its architecture space; `find_units(unet)` if absent.
         latent_size: height and width of the latent: pixels / 8.
         text_tokens: length of the text states.
     """
-    space = space or ArchSpace.from_unet(unet)
-    model = skeleton(unet)
+    space = space or find_units(unet)
+    model = meta_copy(unet)
     macs = module_macs(model, example_inputs(model, latent_size, text_tokens))
     regions = {layer.name: index for index, layer in enumerate(space.depth_layers, start=1)}
 
@@ -178,22 +142,26 @@ def prunable_macs(layer: Layer, macs: Counter[str]) -> int:
 
 
 @torch.no_grad()
-def budget_shift(logits: Tensor, temperature: float, macs: MacsModel, target: float) -> float:
-    """The number which, added to all logits, makes their soft gates cost `target` MACs on average.
+def budget_shift(logits: Tensor, temperature: float, macs: MacsModel, budget_macs: float) -> float:
+    """The number which, added to all logits, makes their soft gates cost T_d on average.
 
-    T grows with the shift, so bisection finds it, to a millionth of the logits' range.
+    T grows with the shift, so bisection finds it, to a millionth of the logits' range. A budget of
+    the whole model leaves nothing to hold: 0.
 
     Args:
         logits: with their noise, (B, D).
         temperature: gamma of Eq. 9.
         macs: T(a) of the U-Net.
-        target: T_d, MACs.
+        budget_macs: T_d, MACs.
     """
+    if budget_macs >= macs.dense:
+        return 0.0
     reach = logits.abs().max().item() + 20 * temperature  # -reach closes all gates, reach opens
     low, high = -reach, reach
     for _ in range(24):
         middle = (low + high) / 2
-        over = macs(torch.sigmoid((logits + middle) / temperature)).mean().item() > target
+        cost = macs(torch.sigmoid((logits + middle) / temperature)).mean().item()
+        over = cost > budget_macs
         low, high = (low, middle) if over else (middle, high)
     return (low + high) / 2
 
@@ -217,9 +185,10 @@ def meet_budget(codes: Tensor, shares: Tensor, macs: MacsModel, budget: float) -
     """Binary codes whose share-weighted mean MACs are at most, and nearly, the budget.
 
     One threshold serves all codes: their relative sizes stay what training made them. Units are
-    closed from the lowest logit upwards until the mean meets the budget; then closed units that
-    still fit are opened again, from the highest logit downwards. Where that leaves more than 1 % of
-    the budget unused, the unit closed last was a whole layer: it stays, and others go in its place.
+    closed from the lowest logit upwards until the mean meets the budget. Then closed units that
+    still fit are opened again, from the highest logit downwards. Where more than 1 % of the budget
+    is left unused, the unit that was closed last was a whole layer. That layer is then kept open,
+    and the search starts again.
 
     Args:
         codes: logits, (N, D).
@@ -239,50 +208,50 @@ def meet_budget(codes: Tensor, shares: Tensor, macs: MacsModel, budget: float) -
     if codes.shape != (*shares.shape, macs.space.size) or not shares.sum() > 0:
         raise ValueError(f"{tuple(codes.shape)} codes do not go with shares {shares.tolist()}")
     shares = shares / shares.sum()  # in single precision they sum to one but nearly
-    target = budget * macs.dense + 0.5  # half a MAC, against rounding
+    budget_macs = budget * macs.dense + 0.5  # half a MAC, against rounding
     is_depth = torch.zeros(macs.space.size, dtype=torch.bool)
     is_depth[macs.unit_cost.shape[0] :] = True
     best, least = torch.empty(0), float("inf")
     for _ in range(1 + int(is_depth.sum()) * len(codes)):
-        gates, threshold = close_units(codes, shares, macs, target)
-        gates = reopen_units(gates, codes, shares, macs, target)
-        unused = target - float(shares @ macs(gates))
+        gates, threshold = close_units(codes, shares, macs, budget_macs)
+        gates = reopen_units(gates, codes, shares, macs, budget_macs)
+        unused = budget_macs - float(shares @ macs(gates))
         if unused < least:
             best, least = gates, unused
         last = ((codes == threshold) & is_depth & (gates == 0) & (shares > 0)[:, None]).nonzero()
-        if least <= LEFTOVER * target or len(last) == 0 or threshold == torch.inf:
+        if least <= LEFTOVER * budget_macs or len(last) == 0 or threshold == torch.inf:
             break
         codes = codes.index_put(tuple(last[0]), codes.new_tensor(torch.inf))
     return best
 
 
 def close_units(
-    codes: Tensor, shares: Tensor, macs: MacsModel, target: float
+    codes: Tensor, shares: Tensor, macs: MacsModel, budget_macs: float
 ) -> tuple[Tensor, float]:
-    """The lowest threshold whose binary codes meet `target` MACs: (those codes, the threshold)."""
+    """The binary codes of the lowest threshold that meets the budget, and that threshold."""
     thresholds = torch.cat([codes.new_tensor([-torch.inf]), codes.flatten().sort().values])
     low, high = 0, len(thresholds) - 1  # the threshold's place lies in [low, high]
     while low < high:
         middle = (low + high) // 2
         gates = binarize(codes, macs.space, threshold=thresholds[middle].item())
-        fits = float(shares @ macs(gates)) <= target
+        fits = float(shares @ macs(gates)) <= budget_macs
         low, high = (low, middle) if fits else (middle + 1, high)
     threshold = thresholds[low].item()
     return binarize(codes, macs.space, threshold=threshold), threshold
 
 
 def reopen_units(
-    gates: Tensor, codes: Tensor, shares: Tensor, macs: MacsModel, target: float
+    gates: Tensor, codes: Tensor, shares: Tensor, macs: MacsModel, budget_macs: float
 ) -> Tensor:
-    """Open closed units of `gates`, highest logit first, each one if the mean still meets `target`.
+    """Open closed units of `gates` as long as the mean meets `budget_macs`, highest logit first.
 
     Units that cost nothing stay closed: those of removed layers and of experts without prompts.
     """
     gates, prices = gates.clone(), macs(gates)  # (N, D), (N,)
-    reserve = target - float(shares @ prices)
+    reserve = budget_macs - float(shares @ prices)
     for place in codes.flatten().argsort(descending=True).tolist():
         expert, unit = divmod(place, codes.shape[1])
-        if reserve < 1e-4 * target:
+        if reserve < 1e-4 * budget_macs:
             break
         if gates[expert, unit] == 1:
             continue
@@ -293,38 +262,3 @@ def reopen_units(
         if 0 < cost <= reserve:
             gates[expert], prices[expert], reserve = trial, price, reserve - cost
     return gates
-
-
-# ---- what is left of each block ----
-
-
-def retained(codes: Tensor, macs: MacsModel) -> tuple[list[str], Tensor]:
-    """Share of each block's prunable MACs that each expert keeps: Figs. 11-12.
-
-    A block is a ResBlock or a Transformer. Prunable is what goes if all of its units are closed.
-
-    Args:
-        codes: gates, (N, D).
-
-    Returns:
-        Names of the blocks in the order of computation, and the shares, (blocks, N), in [0, 1]. A
-        share is 0 only where the block is removed whole.
-    """
-    blocks: dict[str, list[slice]] = {}
-    for layer in macs.space.layers:
-        inside = re.match(r".*?\.(resnets|attentions)\.\d+", layer.name)
-        blocks.setdefault(inside.group() if inside else layer.name, []).append(layer.span)
-
-    def place(name: str) -> tuple[int, int, int, bool]:
-        level, *rest = name.split(".")
-        numbers = [int(part) for part in rest if part.isdigit()]
-        stage = ("down_blocks", "mid_block", "up_blocks").index(level)
-        return stage, numbers[0] if stage != 1 else 0, numbers[-1], "attentions" in rest
-
-    names, kept = sorted(blocks, key=place), []
-    for name in names:
-        pruned, gone = torch.ones(codes.shape), torch.ones(macs.space.size)
-        for span in blocks[name]:
-            pruned[:, span], gone[span] = codes[:, span].to(pruned), 0
-        kept.append((macs(pruned) - macs(gone)) / (macs.dense - macs(gone)))  # (N,)
-    return names, torch.stack(kept)

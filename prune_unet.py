@@ -1,10 +1,8 @@
 """Pruning a stock diffusers U-Net: Sec. 3.3 and App. D.3, Eqs. 10-11, 23-24.
 
-    python prune_unet.py --unet sd21 --resolution 768    # what can be pruned, and what it costs
-
-`attach_gates` multiplies gates into a running U-Net (for training), `cut_expert` removes what a
-binary code closes and gives an ordinary, smaller U-Net with the same outputs (for deployment);
-`macs.py` prices a code.
+This is all that knows the U-Net's classes. `find_units` lists what can be pruned, `attach_gates`
+multiplies gates into a running U-Net (for training), `cut_expert` removes what a binary code closes
+and gives an ordinary, smaller U-Net with the same outputs (for deployment).
 
 | symbol | name here | shape |
 |---|---|---|
@@ -12,23 +10,17 @@ binary code closes and gives an ordinary, smaller U-Net with the same outputs (f
 | F_l (.) v_l | `scale` on the input of the layer that reads the width | (B, C, h, w), (B, S, C) |
 | u f(F) + (1 - u) F | `blend` on the output of a ResBlock or Transformer | (B, C, h, w) |
 
-Departures from the paper, and what it leaves open:
-- Where the width gates sit (Eq. 10 says "feature maps"): where a closed unit contributes exactly
-  nothing, so that the expert which is cut out computes what was trained.
-  ResBlock: on the input of `conv2`, after `norm2` and the nonlinearity; a unit is one of `norm2`'s
-  groups, each normalised on its own. Before `norm2` a mask would not do: the norm cancels a soft
-  mask's scale (next to no gradient reaches the gate) and turns a zeroed group into its bias.
-  Attention: on the input of `to_out`; a unit is a head. Feed-forward: on the input of the last
-  linear layer; a unit is a slice of its width.
-- Training is soft throughout: Eqs. 10-11 multiply by the soft gates of Eq. 9, never by rounded
-  ones. A code becomes binary once, at the end; its expert is then the hard-gated U-Net exactly.
-- In a decoder, Eq. 24's F is the leading part of the ResBlock's concatenated input; a Transformer
-  there reads no skip connection, so Eq. 23 holds for it on both sides.
+A width gate sits where a closed unit contributes exactly nothing: on the input of `conv2`, after
+`norm2` and the nonlinearity (a unit is one of `norm2`'s groups), of an attention's `to_out` (a
+head), of a feed-forward's last linear layer (a slice). Before `norm2` it would not do: the norm
+cancels a soft gate's scale and turns a closed group into its bias.
+What differs from the paper: docs/departures.md#prune_unet.
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +30,138 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from common.errors import UserError, command_line
+from common.errors import UserError
 from common.files import load_tensors, save_tensors
-from common.options import read_options
 from gates import ArchSpace, Layer, inside, removed_layers
-from macs import skeleton
+
+FEEDFORWARD_SLICES = 32
+DEPTHS = ("paper", "all", "none")
+
+
+# ---- what can be pruned ----
+
+
+def find_units(unet: UNet2DConditionModel, depth: str = "paper") -> ArchSpace:
+    """The prunable units of a U-Net, found by module type (App. D.1, D.3).
+
+    All width units come first, in module order, then the depth units.
+
+    Args:
+        unet: any device, the meta device included.
+        depth: which layers may be removed whole. `paper`: the last ResBlock and the last
+            Transformer of each down and up block, where input and output shapes agree; `all`:
+            every ResBlock and Transformer where they agree; `none`.
+
+    Raises:
+        ValueError: unknown `depth`.
+    """
+    if depth not in DEPTHS:
+        raise ValueError(f"depth must be one of {', '.join(DEPTHS)}, got {depth!r}")
+    found: list[tuple[str, str, int]] = []
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            found.append((name, "resnet", module.norm2.num_groups))
+        elif isinstance(module, Attention):
+            found.append((name, "attention", module.heads))
+        elif isinstance(module, FeedForward):
+            slices = math.gcd(module.net[2].in_features, FEEDFORWARD_SLICES)
+            found.append((name, "feedforward", slices))
+    found += [(name, "depth", 1) for name in removable_layers(unet, depth)]
+    layers, start = [], 0
+    for name, kind, units in found:
+        layers.append(Layer(name, kind, start, units))
+        start += units
+    return ArchSpace(tuple(layers), depth)
+
+
+def removable_layers(unet: UNet2DConditionModel, depth: str) -> list[str]:
+    """Names of the ResBlocks and Transformers that a depth unit may remove, in module order."""
+    chosen: list[str] = []
+    # channels that enter the next ResBlock; those of a skip connection are not counted
+    channels = unet.conv_in.out_channels
+    for path, block in blocks_of(unet).items():
+        for kind, parent in (("resnets", ResnetBlock2D), ("attentions", Transformer2DModel)):
+            members: Sequence[Any] = getattr(block, kind, None) or []
+            for index, module in enumerate(members):
+                if not isinstance(module, parent):
+                    continue
+                same_shape = True
+                if kind == "resnets":
+                    same_shape, channels = module.out_channels == channels, module.out_channels
+                last_outside_middle = index == len(members) - 1 and path != "mid_block"
+                if same_shape and (depth == "all" or (depth == "paper" and last_outside_middle)):
+                    chosen.append(f"{path}.{kind}.{index}")
+    return chosen
+
+
+def blocks_of(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """The down, middle and up blocks by path, in the order of computation."""
+    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    blocks |= {"mid_block": unet.mid_block}
+    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+    return {path: block for path, block in blocks.items() if block is not None}
+
+
+class BlockRecorder:
+    """Keeps the outputs of a U-Net's down, middle and up blocks, for Eq. 28."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.outputs: list[Tensor] = []
+        self.hooks = [block.register_forward_hook(self.keep) for block in blocks_of(unet).values()]
+
+    def keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        # a down block also gives its skip connections
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> list[Tensor]:
+        """The outputs since the last call, in the order of computation; forgets them."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the outputs."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.outputs = [], []
+
+
+# ---- shapes without weights ----
+
+
+def meta_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A U-Net of the same configuration on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(unet.config).eval()
+
+
+def example_inputs(
+    unet: UNet2DConditionModel,
+    latent_size: int,
+    text_tokens: int,
+    device: str | torch.device = "meta",
+) -> dict[str, Any]:
+    """Keyword arguments of one forward of one image."""
+    config = unet.config
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    size = (1, config.in_channels, latent_size, latent_size)
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(size, device=device),
+        "timestep": torch.zeros(1, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(1, text_tokens, width, device=device),
+    }
+    if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(1, pooled, device=device),
+            "time_ids": torch.zeros(1, 6, device=device),
+        }
+    return inputs
+
 
 # ---- gates on a running U-Net ----
 
@@ -130,16 +246,32 @@ class GateHandle:
 
 def attach_gates(unet: UNet2DConditionModel, space: ArchSpace | None = None) -> GateHandle:
     """Attach gates to a stock U-Net through forward hooks; its weights and code stay untouched."""
-    return GateHandle(unet, space or ArchSpace.from_unet(unet))
+    return GateHandle(unet, space or find_units(unet))
+
+
+def gated_path(layer: Layer) -> str:
+    """The path of the module that reads a width layer's features."""
+    inner = {"resnet": "conv2", "attention": "to_out.0", "feedforward": "net.2"}
+    return f"{layer.name}.{inner[layer.kind]}"
 
 
 def gated_module(unet: UNet2DConditionModel, layer: Layer) -> tuple[nn.Module, int]:
     """The module that reads a width layer's features, and how many channels it reads."""
+    module = unet.get_submodule(gated_path(layer))
+    return module, module.in_channels if layer.kind == "resnet" else module.in_features
+
+
+def stream_module(unet: UNet2DConditionModel, layer: Layer) -> nn.Module:
+    """The module whose input is the residual stream that a width layer's branch is added to.
+
+    A ResBlock's input still goes through its shortcut, where it has one.
+    """
     owner = unet.get_submodule(layer.name)
-    if layer.kind == "resnet":
-        return owner.conv2, owner.conv2.in_channels
-    linear = owner.to_out[0] if layer.kind == "attention" else owner.net[2]
-    return linear, linear.in_features
+    if layer.kind == "resnet" or getattr(owner, "residual_connection", False):
+        return owner
+    block, _, branch = layer.name.rpartition(".")
+    norm = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}[branch]
+    return unet.get_submodule(f"{block}.{norm}")
 
 
 def scale(v: Tensor, features: Tensor) -> Tensor:
@@ -277,7 +409,7 @@ def cut_expert(
     Args:
         unet: the dense U-Net; gates may be attached to it, it stays as it is.
         code: gates in {0, 1}, (D,).
-        space: the architecture space of `code`; `ArchSpace.from_unet(unet)` if absent.
+        space: the architecture space of `code`; `find_units(unet)` if absent.
 
     Returns:
         A UNet2DConditionModel with weights of its own, in eval mode on the same device, called like
@@ -286,9 +418,9 @@ def cut_expert(
     Raises:
         ValueError: the code is not binary, not of this U-Net, or leaves a layer without units.
     """
-    expert = skeleton(unet)
+    expert = meta_copy(unet)
     expert.load_state_dict(unet.state_dict(), assign=True)  # shared with `unet` until they are cut
-    cut_in_place(expert, space or ArchSpace.from_unet(unet), code)
+    cut_in_place(expert, space or find_units(unet), code)
     for module in expert.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
@@ -328,22 +460,10 @@ def load_expert(
     try:
         with torch.device("meta"):
             expert = UNet2DConditionModel.from_config(header["unet"]).eval()
-        space = ArchSpace.from_unet(expert, header["depth"])
+        space = find_units(expert, header["depth"])
         cut_in_place(expert, space, torch.tensor(header["code"]))
         expert.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not an expert ({reason}); make one with finetune.py") from None
     return expert.to(device), header
-
-
-def main() -> None:
-    from plan import Table, describe, print_table
-
-    cfg = read_options(Table, __doc__)
-    found = describe(cfg.unet, cfg.resolution, cfg.text_tokens, cfg.depth)
-    print(json.dumps(found)) if cfg.json else print_table(found)
-
-
-if __name__ == "__main__":
-    command_line(main)

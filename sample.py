@@ -12,8 +12,7 @@ From Python:
 
 A prompt's image depends on the prompt and its seed, not on the other prompts, up to rounding.
 
-Departures from the paper: none. 25 steps of PNDM as in App. E.2; the guidance scale is the
-teacher's own (SD 2.1: 7.5, SDXL: 5).
+25 steps of PNDM as in App. E.2; the guidance scale is the teacher's own (SD 2.1: 7.5, SDXL: 5).
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from common.errors import UserError, command_line
 from common.files import check_writable, checksum, fingerprint, load_tensors
 from common.options import read_options
 from common.processes import pick_device
-from common.ranges import check_ranges
-from common.runs import newest_run, read_run
+from common.ranges import Count, Number, Pixels, Seed, Weight, check
 from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
-from finetune import expert_path, load_codes
 from gates import ArchSpace
 from macs import MacsModel, measure_macs
-from prune_unet import cut_expert, load_expert
+from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
+from run import expert_path, load_codes, load_router, newest_run, read_run
+from settings import Precision
 from teacher.model import Teacher, load_teacher
 
 MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's limit is 2^16 pixels
@@ -93,15 +92,12 @@ class APTPPipeline:
         teacher = load_teacher(
             summary["teacher"], where, precision=precision, resolution=resolution
         )
-        tensors, settings = load_tensors(run / "router.safetensors")
-        encoder = PromptEncoder(settings.pop("prompt_encoder"), where)
-        router = PromptRouter(**settings)
-        router.load(tensors)
+        router, encoder = load_router(run, where)
         pipeline = cls(
             run,
             teacher,
-            router.to(where).eval(),
-            encoder,
+            router,
+            PromptEncoder(encoder, where),
             [expert["macs_ratio"] for expert in summary["experts"]],
         )
         load_codes(run, pipeline.space)  # refuses another teacher's run before any image is made
@@ -109,7 +105,7 @@ class APTPPipeline:
 
     @property
     def space(self) -> ArchSpace:
-        return ArchSpace.from_unet(
+        return find_units(
             self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"]
         )
 
@@ -138,7 +134,7 @@ class APTPPipeline:
                 )
         return self.experts[expert]
 
-    def identity(self, expert: int | None) -> list[str]:
+    def fingerprint(self, expert: int | None) -> list[str]:
         """Checksums of all that an image of a prompt depends on.
 
         Args:
@@ -265,30 +261,30 @@ class Config:
     """What to generate."""
     prompts_file: Path | None = None
     """A file of prompts, one on each line."""
-    num_images: int = 1
+    num_images: Count = 1
     """Images a prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of each prompt's first image; the next ones count up."""
     out: Path | None = None
     """Folder for the PNG files; <run>/samples if not given."""
     run: Path | None = None
     """Run folder; the newest run if not given."""
-    expert: int | None = None
+    expert: Number | None = None
     """Use this expert, whatever the router says."""
     teacher_only: bool = False
     """Use the unpruned model."""
     compare: bool = False
     """Also use the unpruned model and a wrong expert; <out>/comparison.png."""
-    steps: int = 25
+    steps: Count = 25
     """Denoising steps (paper: 25)."""
-    guidance: float | None = None
+    guidance: Weight | None = None
     """Classifier-free guidance; the teacher's own (paper: 7.5)."""
-    resolution: int | None = None
+    resolution: Pixels | None = None
     """Pixels a side; the teacher's own if not given (paper: 768)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: str = "fp32"
-    """fp32, bf16 or fp16."""
+    precision: Precision = "fp32"
+    """Of all weights."""
 
 
 def file_name(prompt: str, seed: int) -> str:
@@ -301,7 +297,7 @@ def sample(cfg: Config) -> Sampled:
 
     Raises `UserError` for what the user can mend.
     """
-    check_ranges(cfg)
+    check(cfg)
     prompts = [*cfg.prompts, *(read_prompts(cfg.prompts_file) if cfg.prompts_file else [])]
     if not prompts:
         raise UserError('no prompt was given; try: python sample.py "a giraffe"')

@@ -19,8 +19,8 @@ from bench.costs import (
     with_random_weights,
 )
 from common.errors import UserError, quiet_libraries
-from common.runs import RUNS
 from macs import MacsModel, measure_macs
+from settings import RUNS
 from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,7 +33,7 @@ RATIOS = pytest.StashKey[list[dict[str, Any]]]()  # of everything else
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("aptp")
-    group.addoption("--bench-unet", default="sd21", help="U-Net to time, as of prune_unet.py")
+    group.addoption("--bench-unet", default="sd21", help="U-Net to time, as of bench.units")
     group.addoption("--run", type=Path, help="run whose experts to time; the newest that fits")
     group.addoption("--bench-pixels", type=int, help="pixels a side (CPU: 256, CUDA: 768)")
     group.addoption("--bench-rounds", type=int, default=7, help="rounds of what runs the U-Net")

@@ -20,13 +20,13 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from bench.units import paper_macs
 from common.errors import UserError
 from common.files import load_tensors, read_json
 from common.randomness import step_generator
 from gates import ArchSpace
-from macs import MacsModel, example_inputs, measure_macs, meet_budget, skeleton
-from plan import paper_macs
-from prune_unet import cut_in_place
+from macs import MacsModel, measure_macs, meet_budget
+from prune_unet import cut_in_place, example_inputs, find_units, meta_copy
 from teacher.shapes import CLIP_TOKENS
 
 TABLE_4 = (0.65, 0.77, 0.78, 0.79, 0.79, 0.80, 0.81, 0.83)  # MACs ratios of APTP-Base on COCO
@@ -81,7 +81,7 @@ def variants() -> list[Variant]:
 def with_random_weights(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """A U-Net of the shape of `model`, frozen, with its modules' own random initialisation."""
     torch.manual_seed(0)
-    made = skeleton(model).to_empty(device=device)
+    made = meta_copy(model).to_empty(device=device)
     for module in made.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -172,9 +172,9 @@ def experts_of_run(folder: Path, unet: UNet2DConditionModel) -> Experts:
     """
     summary = read_json(folder / "summary.json")
     tensors, meta = load_tensors(folder / "codes.safetensors")
-    codes, space = tensors["codes"].float(), ArchSpace.from_unet(unet, meta["depth"])
+    codes, space = tensors["codes"].float(), find_units(unet, meta["depth"])
     if codes.shape[1] == space.size:
-        expert = skeleton(unet)
+        expert = meta_copy(unet)
         cut_in_place(expert, space, codes[0])
         if count_parameters(expert) == summary["experts"][0]["params"]:
             return Experts(codes, space, f"the experts of {folder}")
@@ -186,7 +186,7 @@ def experts_of_run(folder: Path, unet: UNet2DConditionModel) -> Experts:
 
 def random_experts(unet: UNet2DConditionModel, latent_size: int) -> Experts:
     """Eight codes that meet the budgets of Table 4, made from random logits."""
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     macs = measure_macs(unet, space, latent_size=latent_size, text_tokens=CLIP_TOKENS)
     codes = []
     for i, budget in enumerate(TABLE_4):
@@ -230,7 +230,7 @@ def fixed_costs(
     unet: UNet2DConditionModel, code: Tensor, macs: MacsModel, latent_size: int
 ) -> dict[str, Any]:
     """Parameters and MACs of a code's expert, for one image and one forward; no weights needed."""
-    expert = skeleton(unet)
+    expert = meta_copy(unet)
     cut_in_place(expert, macs.space, code)
     cost = round(macs(code).item())
     return {

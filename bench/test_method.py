@@ -14,12 +14,11 @@ import torch
 
 import losses
 from bench.costs import with_random_weights
-from macs import example_inputs, measure_macs, skeleton
-from prune_unet import attach_gates
+from macs import measure_macs
+from prune_unet import BlockRecorder, attach_gates, example_inputs, meta_copy
 from router import PromptRouter
 from settings import Pruning
 from sinkhorn import sinkhorn
-from teacher.blocks import BlockRecorder
 from teacher.conditions import Conditions
 from teacher.model import Noised
 from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
@@ -55,7 +54,7 @@ def batch(unet, request, device):
 @pytest.fixture(scope="module")
 def stock(unet):
     """The same U-Net, with the same weights in memory, that no hook was ever attached to."""
-    twin = skeleton(unet)
+    twin = meta_copy(unet)
     twin.load_state_dict(unet.state_dict(), assign=True)
     return twin.requires_grad_(False)
 
@@ -110,9 +109,14 @@ def test_pruning_step(compare, unet, stock, batch, request):
         output = stock(**{**batch.inputs(), "sample": sample}).sample
         blocks = recorder.take()
         denoising = losses.denoising_loss(output, batch.target)
-        how = (step.cfg.normalise_blocks, step.cfg.block_weight)
-        outputs = (output, teacher_output, blocks, teacher_blocks)
-        distillation = losses.distillation_loss(*outputs, *how)
+        distillation = losses.distillation_loss(
+            output,
+            teacher_output,
+            blocks,
+            teacher_blocks,
+            normalise=step.cfg.normalise_blocks,
+            block_weight=step.cfg.block_weight,
+        )
         (denoising + step.cfg.lambda_distill * distillation).mean().backward()
 
     compare(
@@ -122,8 +126,7 @@ def test_pruning_step(compare, unet, stock, batch, request):
         target=1.10,
         rounds=request.config.getoption("--bench-rounds"),
     )
-    step.gates.detach()
-    step.blocks.detach()
+    step.detach()
     recorder.detach()
 
 

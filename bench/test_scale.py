@@ -45,15 +45,14 @@ SAMPLE = "sample.py giraffe --expert 0 --steps 2 --resolution 256 --device cpu"
 CUT = """
 import sys
 from pathlib import Path
-from finetune import expert_path, load_codes
-from gates import ArchSpace
-from prune_unet import cut_expert, load_expert, save_expert
+from prune_unet import cut_expert, find_units, load_expert, save_expert
+from run import expert_path, load_codes
 from common.files import read_json
 from teacher.model import load_teacher
 
 run, teacher, precision = Path(sys.argv[2]), *sys.argv[3:]
 unet = load_teacher(teacher, precision=precision).unet
-space = ArchSpace.from_unet(unet)
+space = find_units(unet)
 code = load_codes(run, space)[0]
 save_expert(expert_path(run, 0), cut_expert(unet, code, space), code, space, {"expert": 0})
 del unet

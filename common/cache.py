@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
-from common.processes import count, rank, wait
+from common.processes import barrier, rank, world_size
 
 
 def rows_key(*facts: str, lines: Iterable[str] = ()) -> str:
@@ -66,7 +66,7 @@ def kept_rows(
     folder = cache_folder() / place
     parts = torch.arange(rows).split(part)
     paths = [folder / f"{number:06d}.safetensors" for number in range(len(parts))]
-    found = {k: read_part(paths[k], len(parts[k])) for k in range(rank(), len(parts), count())}
+    found = {k: read_part(paths[k], len(parts[k])) for k in range(rank(), len(parts), world_size())}
     todo = [k for k, tensor in found.items() if tensor is None]
     total = sum(len(parts[k]) for k in todo)
     with tqdm(total=total, desc=what, unit="row", disable=not todo or rank() > 0) as bar:
@@ -76,7 +76,7 @@ def kept_rows(
                 computed.append(values)
                 bar.update(len(values))
             save_tensors(paths[k], {"rows": torch.cat(computed)})
-    wait()
+    barrier()
     tensors = []
     for k, path in enumerate(paths):
         known = found.get(k)

@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
-from common.runs import refuse_other_settings
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,18 @@ class Checkpoint:
                 f"the loss became {loss:.3g} and its gradient {norm:.3g} at step {step}; "
                 f"{good if self.path.exists() else 'nothing was saved'}; {advice}"
             )
+
+
+def refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises `UserError` where `path` was made with other settings than those asked for now."""
+    changed = [
+        f"{key}: {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(changed)}); "
+            "use those again, choose another place, or delete it"
+        )
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -7,20 +7,21 @@ nested dataclasses only; this gives it one line, its default in a column of its 
 
 from __future__ import annotations
 
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
+from common.ranges import Choice, allowed
+
 T = TypeVar("T")
 WIDTH = 100
-METAVARS = {"bool": "", "Path": " PATH", "int": " N", "float": " X", "str": " TEXT"}
+METAVARS = {"Path": " PATH", "int": " N", "float": " X", "str": " TEXT"}
 
 
 def read_options(
@@ -49,7 +50,8 @@ def help_text(config: type, module: str) -> str:
         module: its docstring: the first line is the title, the first indented block the examples.
     """
     title, *rest = module.strip().split("\n\n")
-    rows = [(field.name, flag(field), shown(field.default)) for field in fields(config)]
+    hints = get_type_hints(config, include_extras=True)
+    rows = [(f.name, flag(f, hints[f.name]), shown(f.default)) for f in fields(config)]
     texts = {
         parameter.arg_name: " ".join((parameter.description or "").split())
         for base in reversed(config.__mro__[:-1])
@@ -78,17 +80,25 @@ def paragraph(text: str) -> list[str]:
     return "\n\n".join(parts).splitlines()
 
 
-def flag(field: Field[Any]) -> str:
+def flag(field: Field[Any], hint: Any) -> str:
     """How an option is written: `--lr X`, `--[no-]dense`, or PROMPTS where it has no name."""
-    kind = str(field.type)
+    kind, bounds = str(hint), allowed(hint)
     if "Positional" in kind:
         return field.name.upper() + " ..." * ("tuple" in kind)
     name = field.name.replace("_", "-")
-    if kind == "bool":
+    if hint is bool:
         return f"--[no-]{name}"
-    choices = re.findall(r"['\"](\w+)['\"]", kind) if "Literal" in kind else []
-    metavar = next((text for known, text in METAVARS.items() if known in kind), "")
-    return f"--{name} {'|'.join(choices)}" if choices else f"--{name}{metavar}"
+    if isinstance(bounds, Choice):
+        return f"--{name} {'|'.join(bounds)}"
+    return f"--{name}{next(text for known, text in METAVARS.items() if known in kind)}"
+
+
+def group(config: type, first: str) -> list[str]:
+    """The fields of the group that begins with the field `first` (see `HEADINGS`)."""
+    names, headings = [field.name for field in fields(config)], getattr(config, "HEADINGS", {})
+    start = names.index(first)
+    end = next((k for k in range(start + 1, len(names)) if names[k] in headings), len(names))
+    return names[start:end]
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The device, and the processes that share a batch: `torchrun train.py`. App. E.2 uses 16 GPUs.
 
 Every process holds all prompt embeddings and the same random numbers, so each computes the router's
-part of a step for the whole batch. The U-Net's part is shared out by rows. The processes add up the
+part of a step for the whole batch. The U-Net's part is shared out by rows. The processes sum the
 image losses and their gradient with respect to the gates, (B, D) numbers. From there on every
 process takes the same step, and their routers stay equal.
 
@@ -47,7 +47,7 @@ def start_processes(device: torch.device) -> torch.device:
     Raises:
         UserError: there are fewer GPUs than processes on this machine.
     """
-    if count() == 1:
+    if world_size() == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -65,7 +65,7 @@ def start_processes(device: torch.device) -> torch.device:
 
 def stop_processes() -> None:
     """Leave the others, once every process has come here."""
-    wait()
+    barrier()
     leave_processes()
 
 
@@ -80,24 +80,46 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_rows(batch_size: int) -> Tensor:
-    """The rows of a batch that this process takes through the U-Net, (b,): every `count()`th."""
-    return torch.arange(rank(), batch_size, count())
+def local_rows(batch_size: int) -> Tensor:
+    """The rows of a batch that this process takes through the U-Net, (b,): every `world_size`th.
+
+    Raises `UserError` where a process would have none.
+    """
+    if world_size() > batch_size:
+        raise UserError(
+            f"--nproc_per_node gives {world_size()} processes, more than the {batch_size} samples "
+            f"of a batch; start {batch_size} or fewer"
+        )
+    return torch.arange(rank(), batch_size, world_size())
 
 
-def wait() -> None:
+def barrier() -> None:
     """Go on once all processes have come here."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
-def add_up(*tensors: Tensor) -> None:
+def all_reduce(*tensors: Tensor) -> None:
     """Sum each tensor over the processes, in place."""
     if distributed.is_initialized():
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+def check_agreement(number: int, what: str, device: torch.device) -> None:
+    """Raises `UserError` in every process where `number` is not the same in all of them."""
+    if not distributed.is_initialized():
+        return
+    ends = torch.tensor([number, -number], device=device)
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    most, least = ends[0].item(), -ends[1].item()
+    if most != least:
+        raise UserError(
+            f"the processes differ in {what} ({least} and {most}): the run folder and the cache "
+            "must be the same for all; put both on a disk that all machines share"
+        )

@@ -1,18 +1,21 @@
-"""What every number that a script takes may be: one table, by the field's name. And choices."""
+"""What a setting may be, said on its field: `lr: Positive`, `depth: Annotated[str, Choice(...)]`.
+
+`check(cfg)` holds every field of a configuration dataclass against what its annotation allows.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; `low` itself only unless `above`."""
+    """Numbers from `low` to `high`; not `low` itself if `above`."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -28,74 +31,32 @@ class Range:
         return f"{floor}, and at most {self.high:g}"
 
 
+class Choice(tuple[str, ...]):
+    """The words that a field may be."""
+
+    def __new__(cls, *words: str) -> Choice:
+        return super().__new__(cls, words)
+
+
 MANY = 10**9  # more of anything is refused
-ANY, POSITIVE, WEIGHT, SHARE = Range(), Range(0, above=True), Range(0), Range(0, 1)
-COUNT, NUMBER, SEED = Range(1, MANY), Range(0, MANY), Range(0, 2**62)
-PIXELS, IMAGES = Range(8, 2**14), Range(2, MANY)
-RANGES = {
-    # pruning
-    "budget": Range(0, 1, above=True),
-    "num_experts": COUNT,
-    "warmup_steps": NUMBER,
-    "joint_steps": COUNT,
-    "batch_size": COUNT,
-    "micro_batch": COUNT,
-    "transport_rows": NUMBER,
-    "lr": POSITIVE,
-    "lr_warmup": NUMBER,
-    "predictor_rate": WEIGHT,
-    "lr_decay": SHARE,
-    "weight_decay": WEIGHT,
-    "lambda_distill": WEIGHT,
-    "block_weight": WEIGHT,
-    "lambda_res": WEIGHT,
-    "lambda_cont": WEIGHT,
-    "gumbel_temp": POSITIVE,
-    "contrast_temp": POSITIVE,
-    "eps": POSITIVE,
-    "sinkhorn_iterations": COUNT,
-    "open_logit": ANY,
-    "tflops": POSITIVE,
-    # fine-tuning
-    "expert": NUMBER,
-    "alpha_ddpm": WEIGHT,
-    "alpha_distill": WEIGHT,
-    "caption_dropout": SHARE,
-    # sampling and scoring
-    "num_images": COUNT,
-    "images": IMAGES,
-    "steps": COUNT,
-    "guidance": WEIGHT,
-    "seeds": COUNT,
-    "finetune_steps": COUNT,
-    "text_tokens": COUNT,
-    # all
-    "resolution": PIXELS,
-    "limit": COUNT,
-    "save_every": COUNT,
-    "seed": SEED,
-    # the pocket teacher's training and card
-    "vae_steps": COUNT,
-    "vae_batch_size": COUNT,
-    "vae_lr": POSITIVE,
-    "unet_steps": COUNT,
-    "unet_batch_size": COUNT,
-    "unet_lr": POSITIVE,
-    "noisy_share": SHARE,
-    "text_noise": WEIGHT,
-    "sentence_share": SHARE,
-    "guidance_scale": WEIGHT,
-    "vae_ema_decay": SHARE,
-    "unet_ema_decay": SHARE,
-    "latent_noise": WEIGHT,
-    "moment_weight": WEIGHT,
-    "edge_weight": WEIGHT,
-    "square_weight": WEIGHT,
-    "train_images": IMAGES,
-    "validation_images": IMAGES,
-    "trial_images": IMAGES,
-    "guidances": WEIGHT,
-}
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(0, above=True)]
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Budget = Annotated[float, Range(0, 1, above=True)]
+Count = Annotated[int, Range(1, MANY)]
+Number = Annotated[int, Range(0, MANY)]
+Images = Annotated[int, Range(2, MANY)]
+Pixels = Annotated[int, Range(8, 2**14)]
+Seed = Annotated[int, Range(0, 2**62)]
+
+
+def allowed(annotation: Any) -> Range | Choice | None:
+    """The range or the choice within an annotation; None where there is neither."""
+    if isinstance(annotation, Range | Choice):
+        return annotation
+    nested = (allowed(part) for part in get_args(annotation))  # of Annotated: type, then metadata
+    return next((found for found in nested if found is not None), None)
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
@@ -104,19 +65,22 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}")
 
 
-def check_ranges(cfg: Any) -> None:
-    """Raises `UserError` for the first number of a configuration dataclass that cannot be.
+def check(cfg: Any) -> None:
+    """Raises `UserError` for the first field of a configuration dataclass that cannot be.
 
-    Fields that are None are left to their defaults. A field without an entry in `RANGES` is a
-    mistake in the program: KeyError.
+    A field that is None is not set. A number whose annotation names no range is a mistake in the
+    program: AssertionError.
     """
+    hints = get_type_hints(type(cfg), include_extras=True)
     for field in fields(cfg):
-        given = getattr(cfg, field.name)
+        given, option = getattr(cfg, field.name), field.name.replace("_", "-")
+        bounds = allowed(hints[field.name])
         for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, str) and isinstance(bounds, Choice):
+                check_choice(option, value, bounds)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            allowed = RANGES[field.name]
-            if value not in allowed or not math.isfinite(value):
-                option = f"--{field.name.replace('_', '-')}"
+            assert isinstance(bounds, Range), f"{field.name} has no range"
+            if value not in bounds or not math.isfinite(value):
                 shown = value if isinstance(value, int) else f"{value:g}"
-                raise UserError(f"{option} {shown} is out of range; choose {allowed}")
+                raise UserError(f"--{option} {shown} is out of range; choose {bounds}")

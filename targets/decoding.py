@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.cache import cache_folder, rows_key
 from common.files import read_json, write_json
-from common.processes import count, rank, wait
+from common.processes import barrier, rank, world_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run other programs, or are rare
 
@@ -158,7 +158,7 @@ def find_unreadable(
     folder = checks_folder(name) / rows_key(PIL.__version__, lines=lines)
     starts = range(0, len(image_ids), PART)
     parts = {folder / f"{start:09d}.json": image_ids[start : start + PART] for start in starts}
-    todo = [path for path in list(parts)[rank() :: count()] if not path.exists()]
+    todo = [path for path in list(parts)[rank() :: world_size()] if not path.exists()]
 
     def fault(image_id: int) -> str | None:
         try:
@@ -181,5 +181,5 @@ def find_unreadable(
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    wait()
+    barrier()
     return {int(image_id): why for path in parts for image_id, why in read_json(path).items()}

@@ -15,9 +15,9 @@ from diffusers import PNDMScheduler, UNet2DConditionModel
 from hypothesis import Phase, settings
 from short_start import shorten
 
-from gates import ArchSpace
 from macs import measure_macs
-from problem import Problem
+from prune_unet import find_units
+from run import Setup
 from settings import Pruning
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded
@@ -136,26 +136,26 @@ def tiny_teacher(unet: UNet2DConditionModel) -> Teacher:
 
 
 @pytest.fixture(scope="session")
-def problem_of(
+def setup_of(
     make_inputs: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Problem]:
-    """problem_of(unet, budget, depth, ...): noise as the target of a tiny teacher."""
+) -> Callable[..., Setup]:
+    """setup_of(unet, budget, depth, ...): noise as the target of a tiny teacher."""
     prices: dict[Any, Any] = {}
     out = tmp_path_factory.mktemp("run")
 
     def make(
         unet: UNet2DConditionModel, budget: float = 0.7, depth: str = "paper", **settings: Any
-    ) -> Problem:
+    ) -> Setup:
         key = (id(unet), depth)
         if key not in prices:
-            space = ArchSpace.from_unet(unet, depth)
+            space = find_units(unet, depth)
             prices[key] = unet, measure_macs(unet, space, latent_size=8, text_tokens=5)
         macs = prices[key][1]
         options = {"warmup_steps": 1, "joint_steps": 2, "batch_size": 6, "lr": 0.1, "lr_warmup": 2}
         cfg = Pruning(**{"budget": budget, "num_experts": 3, "out": out, **options, **settings})
         inputs = make_inputs(unet, ROWS, seed=3)
         absent: Any = None
-        return Problem(
+        return Setup(
             cfg,
             tiny_teacher(unet),
             macs.space,

@@ -14,9 +14,9 @@ START_BATCHES = 2
 
 def shorten() -> None:
     """Have all of this process's routers start so."""
-    import problem
+    import importance
 
-    problem.START_BATCHES = START_BATCHES
+    importance.START_BATCHES = START_BATCHES
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import bench.conftest
 from bench import costs, table
 from common.errors import UserError
 from common.files import save_tensors, write_json
-from macs import example_inputs, measure_macs, module_macs
-from prune_unet import cut_expert
+from macs import measure_macs, module_macs
+from prune_unet import cut_expert, example_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

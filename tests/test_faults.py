@@ -32,7 +32,7 @@ import train
 from common import files
 from common.errors import UserError, command_line, quiet_libraries
 from common.files import load_tensors, save_tensors
-from problem import prepare
+from run import prepare
 from settings import Pruning, read_pruning, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,8 +122,8 @@ def serve(folder: Path) -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     shorten()
-    problem = prepare(resolve(settings(folder / "none")))
-    problem = replace(problem, validation=problem.validation.take(range(8)))
+    setup = prepare(resolve(settings(folder / "none")))
+    setup = replace(setup, validation=setup.validation.take(range(8)))
     print("ready", flush=True)
     for line in sys.stdin:
         script, arguments, fault = json.loads(line)
@@ -133,9 +133,9 @@ def serve(folder: Path) -> None:
             os.dup2(errors, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             unpickled = watch_unpickling()
-            train.prepare = lambda cfg: replace(problem, cfg=cfg)
-            finetune.load_teacher = lambda *_, **__: problem.teacher
-            finetune.encode_target = lambda *_, **__: problem.encoded
+            train.prepare = lambda cfg: replace(setup, cfg=cfg)
+            finetune.load_teacher = lambda *_, **__: setup.teacher
+            finetune.encode_target = lambda *_, **__: setup.encoded
             FAULTS[fault]()
             sys.argv = [f"{script}.py", *arguments]
             code: Any = 0

@@ -11,9 +11,8 @@ from torch import Tensor
 import finetune
 from common.randomness import batch_rows, step_generator
 from gates import ArchSpace, binarize
-from prune_unet import cut_expert, load_expert
+from prune_unet import BlockRecorder, cut_expert, find_units, load_expert
 from settings import Finetuning
-from teacher.blocks import BlockRecorder
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded
 from teacher.model import Noised, Teacher, add_noise
@@ -86,7 +85,7 @@ def test_a_step_has_the_gradients_of_eq_30(unet, make_inputs, options):
     teacher, cfg = tiny_teacher(unet), Finetuning(**options)
     inputs, draw = make_inputs(unet, B), torch.Generator().manual_seed(0)
     batch = add_noise(teacher, inputs["sample"], conditions_of(inputs), draw)
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     expert = cut_expert(unet, code_of(space), space).requires_grad_(True)
     terms = step(teacher, expert, batch, cfg)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in expert.parameters()]
@@ -102,14 +101,29 @@ def test_a_step_has_the_gradients_of_eq_30(unet, make_inputs, options):
     assert all(p.grad is None for p in teacher.unet.parameters())
 
 
+def tune(cfg, folder, i, teacher, code, encoded, rows) -> None:
+    finetune.finetune_expert(
+        cfg,
+        folder,
+        i,
+        teacher=teacher,
+        dense=teacher.unet,
+        space=find_units(teacher.unet),
+        code=code,
+        data=encoded,
+        empty=EMPTY,
+        rows=rows,
+    )
+
+
 def test_a_run_of_one_step_moves_weights_down_the_gradient(smallest, encoded, tmp_path):
     """AdamW's first step is -lr times the gradient's sign, beside its weight decay."""
-    teacher, space = tiny_teacher(smallest), ArchSpace.from_unet(smallest)
+    teacher, space = tiny_teacher(smallest), find_units(smallest)
     before = {name: w.clone() for name, w in smallest.named_parameters()}
     cfg = Finetuning(steps=1, batch_size=B, lr=1e-3, caption_dropout=0.5)
     rows = torch.arange(3, ROWS)
     code = code_of(space)
-    finetune.finetune_expert(cfg, tmp_path, 2, teacher, space, code, encoded, EMPTY, rows)
+    tune(cfg, tmp_path, 2, teacher, code, encoded, rows)
     tuned, meta = load_expert(tmp_path / "experts" / "2.safetensors")
     assert meta["expert"] == 2 and meta["rows"] == len(rows)
     assert all(torch.equal(w, before[name]) for name, w in smallest.named_parameters())
@@ -134,16 +148,16 @@ def test_a_run_of_one_step_moves_weights_down_the_gradient(smallest, encoded, tm
 
 
 def test_many_steps_bring_the_expert_to_the_teacher(smallest, encoded, tmp_path):
-    teacher, space = tiny_teacher(smallest), ArchSpace.from_unet(smallest)
+    teacher, space = tiny_teacher(smallest), find_units(smallest)
     cfg = Finetuning(steps=30, batch_size=6, lr=2e-3)
     rows = torch.arange(ROWS)
     code = code_of(space)
-    finetune.finetune_expert(cfg, tmp_path, 0, teacher, space, code, encoded, EMPTY, rows)
+    tune(cfg, tmp_path, 0, teacher, code, encoded, rows)
     with (tmp_path / "experts" / "0.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(30))
     first, last = finetune.first_and_last(tmp_path, 0)
     assert last < 0.7 * first
-    tuned, _ = load_expert(finetune.expert_path(tmp_path, 0))
+    tuned, _ = load_expert(tmp_path / "experts" / "0.safetensors")
     batch = add_noise(
         teacher, encoded.latents, encoded.conditions, torch.Generator().manual_seed(9)
     )

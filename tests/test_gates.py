@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gates import ArchSpace, binarize, gumbel_noise, gumbel_sigmoid
+from gates import binarize, gumbel_noise, gumbel_sigmoid
+from prune_unet import find_units
 from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
@@ -39,7 +40,7 @@ def published(request):
 
 def test_units_of_published_unets(published):
     name, unet = published
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     kinds = ("resnet", "attention", "feedforward", "depth")
     assert tuple(space.count(kind) for kind in kinds) == UNITS[name]
     assert space.size == sum(UNITS[name])
@@ -53,7 +54,7 @@ def test_sd21_has_the_papers_1620_units():
 def test_layers_tile_the_code_and_name_real_modules(published):
     _, unet = published
     for depth in ("paper", "all", "none"):
-        space = ArchSpace.from_unet(unet, depth)
+        space = find_units(unet, depth)
         end = 0
         for layer in space.layers:
             assert layer.start == end and layer.units > 0
@@ -66,7 +67,7 @@ def test_layers_tile_the_code_and_name_real_modules(published):
 
 
 def test_paper_depth_of_sd21_is_the_last_layer_of_each_kind_of_each_outer_block():
-    names = [layer.name for layer in ArchSpace.from_unet(load_shape("sd21")).depth_layers]
+    names = [layer.name for layer in find_units(load_shape("sd21")).depth_layers]
     down = [f"down_blocks.{i}.resnets.1" for i in range(4)]
     down += [f"down_blocks.{i}.attentions.1" for i in range(3)]
     up = [f"up_blocks.{i}.resnets.2" for i in range(4)]
@@ -76,7 +77,7 @@ def test_paper_depth_of_sd21_is_the_last_layer_of_each_kind_of_each_outer_block(
 
 def test_all_depth_adds_every_layer_that_keeps_the_shape():
     unet = load_shape("sd21")
-    names = {layer.name for layer in ArchSpace.from_unet(unet, "all").depth_layers}
+    names = {layer.name for layer in find_units(unet, "all").depth_layers}
     # 16 Transformers; of 22 ResBlocks, all but those that change the channels on their way
     changing = {"down_blocks.1.resnets.0", "down_blocks.2.resnets.0"}
     changing |= {"up_blocks.2.resnets.0", "up_blocks.3.resnets.0"}
@@ -86,12 +87,12 @@ def test_all_depth_adds_every_layer_that_keeps_the_shape():
 
 def test_unknown_depth_is_refused():
     with pytest.raises(ValueError, match="paper, all, none"):
-        ArchSpace.from_unet(load_shape("pocket"), "most")
+        find_units(load_shape("pocket"), "most")
 
 
 @given(seed=SEEDS, rows=st.integers(1, 3))
 def test_split_gives_every_coordinate_to_one_layer(unet, seed, rows):
-    space = ArchSpace.from_unet(unet, "all")
+    space = find_units(unet, "all")
     code = torch.rand(rows, space.size, generator=torch.Generator().manual_seed(seed))
     u, v = space.split(code)
     assert u.keys() == {layer.name for layer in space.depth_layers}
@@ -105,7 +106,7 @@ def test_split_gives_every_coordinate_to_one_layer(unet, seed, rows):
 
 
 def test_split_refuses_a_code_of_another_unet(unet):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     with pytest.raises(ValueError, match=str(space.size)):
         space.split(torch.zeros(2, space.size + 1))
 
@@ -187,7 +188,7 @@ def test_temperature_must_be_positive():
 
 @given(seed=SEEDS, threshold=st.floats(-4, 4))
 def test_binarize_keeps_what_is_above_and_the_best_of_each_layer(unet, seed, threshold):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     logits = torch.randn(2, space.size, generator=torch.Generator().manual_seed(seed))
     gates = binarize(logits, space, threshold=threshold)
     for row in range(2):
@@ -201,7 +202,7 @@ def test_binarize_keeps_what_is_above_and_the_best_of_each_layer(unet, seed, thr
 
 
 def test_binarize_gives_no_gradient_and_is_repeatable(unet):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     logits = torch.randn(space.size).requires_grad_()
     first, second = binarize(logits, space), binarize(logits, space)
     assert torch.equal(first, second) and not first.requires_grad

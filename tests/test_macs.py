@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.units import paper_macs
 from common.errors import UserError
-from gates import ArchSpace, binarize
-from macs import budget_shift, check_budget, measure_macs, meet_budget, skeleton
-from plan import paper_macs
-from prune_unet import cut_in_place
+from gates import binarize
+from macs import budget_shift, check_budget, measure_macs, meet_budget
+from prune_unet import cut_in_place, find_units, meta_copy
 from teacher.shapes import load_shape
 
 SEEDS = st.integers(0, 2**31)
@@ -27,7 +27,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def price(unet):
-    return measure_macs(unet, ArchSpace.from_unet(unet, "all"), latent_size=8, text_tokens=5)
+    return measure_macs(unet, find_units(unet, "all"), latent_size=8, text_tokens=5)
 
 
 # ---- T(a) ----
@@ -114,7 +114,7 @@ def test_paper_convention_equals_a_count_of_the_operations_that_run(unet, make_i
         aten.convolution: convolution,
         aten.addmm: addmm,
     }
-    expert = skeleton(unet).to_empty(device="cpu")
+    expert = meta_copy(unet).to_empty(device="cpu")
     expert.set_attn_processor(AttnProcessor())
     inputs = make_inputs(unet, 1)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :1]
@@ -136,14 +136,14 @@ def test_paper_convention_equals_a_count_of_the_operations_that_run(unet, make_i
     with FlopCounterMode(display=False, custom_mapping=operations) as counter, torch.no_grad():
         expert(**inputs)
     counted = counter.get_total_flops() // 2 + missing
-    assert paper_macs(skeleton(unet), latent_size=8) == counted
+    assert paper_macs(meta_copy(unet), latent_size=8) == counted
 
 
 def test_paper_convention_counts_an_expert_as_it_is_and_leaves_no_hooks(unet):
-    expert = skeleton(unet)
-    space = ArchSpace.from_unet(unet)
+    expert = meta_copy(unet)
+    space = find_units(unet)
     cut_in_place(expert, space, binarize(torch.zeros(space.size), space))
-    assert 0 < paper_macs(expert, latent_size=8) < paper_macs(skeleton(unet), latent_size=8)
+    assert 0 < paper_macs(expert, latent_size=8) < paper_macs(meta_copy(unet), latent_size=8)
     assert not any(module._forward_hooks for module in expert.modules())
 
 

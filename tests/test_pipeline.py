@@ -21,10 +21,9 @@ import train
 from common.errors import UserError, command_line
 from common.files import load_tensors, read_json, save_tensors, write_json
 from docs import ladder
-from gates import ArchSpace
-from macs import example_inputs, measure_macs, module_macs
-from problem import Problem, prepare
-from prune_unet import load_expert
+from macs import measure_macs, module_macs
+from prune_unet import example_inputs, find_units, load_expert
+from run import Setup, prepare
 from settings import Finetuning, Pruning, resolve
 from teacher.model import load_teacher
 
@@ -68,7 +67,7 @@ def test_summary_has_what_others_rely_on(run):
 
 def test_mean_macs_over_training_prompts_meet_the_budget(run):
     summary, teacher = read_json(run / "summary.json"), load_teacher("pocket")
-    space = ArchSpace.from_unet(teacher.unet)
+    space = find_units(teacher.unet)
     macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=teacher.text_tokens)
     assert summary["units"] == space.size and summary["macs_dense"] == macs.dense
     ratios = macs(finetune.load_codes(run, space)) / macs.dense
@@ -102,7 +101,7 @@ def problem(request, tmp_path_factory):
     return prepare(resolve(cfg))
 
 
-def metrics_of(problem: Problem, out: Path, **settings) -> np.ndarray:
+def metrics_of(problem: Setup, out: Path, **settings) -> np.ndarray:
     """The metrics of a training with other settings."""
     out.mkdir()
     cfg = dataclasses.replace(problem.cfg, out=out, **settings)

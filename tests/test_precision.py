@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import finetune
+import losses
 import train
-from gates import ArchSpace, binarize
+from gates import binarize
 from macs import measure_macs
-from prune_unet import attach_gates, cut_expert
+from prune_unet import BlockRecorder, attach_gates, cut_expert, find_units
 from router import PromptRouter
 from settings import Finetuning, Pruning
-from teacher.blocks import BlockRecorder
 from teacher.model import Noised
 
 pytestmark = pytest.mark.parametrize("unet", ["sd2", "sdxl"], indirect=True)
@@ -65,9 +65,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def pruned(teacher: Any, batch: Noised, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
     """The terms of a pruning step, and the router's gradients."""
     torch.manual_seed(0)
-    space = ArchSpace.from_unet(teacher.unet)
+    space = find_units(teacher.unet)
     router = PromptRouter(DZ, space.size, N)
-    nn.init.normal_(router.own)
+    nn.init.normal_(router.codes)
     nn.init.normal_(router.keys)
     z = torch.randn(B, DZ)
     macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=5)
@@ -78,8 +78,7 @@ def pruned(teacher: Any, batch: Noised, **options: Any) -> tuple[dict[str, Tenso
     step = train.PruningStep(cfg, teacher, router, gates, macs)
     terms = step(z, batch, torch.Generator().manual_seed(5), warmup=False)
     terms["loss"].backward()
-    gates.detach()
-    step.blocks.detach()
+    step.detach()
     return terms, gradients(router)
 
 
@@ -87,7 +86,7 @@ def tuned(
     teacher: Any, batch: Noised, *, checkpointing: bool = False, **options: Any
 ) -> tuple[dict[str, Tensor], Tensor, UNet2DConditionModel]:
     """The terms of a fine-tuning step, the expert's gradients, and the expert."""
-    space = ArchSpace.from_unet(teacher.unet)
+    space = find_units(teacher.unet)
     logits = torch.randn(space.size, generator=torch.Generator().manual_seed(3)) + 1
     expert = cut_expert(teacher.unet, binarize(logits, space), space).float().requires_grad_(True)
     if checkpointing:
@@ -127,9 +126,9 @@ def test_a_finetuning_step_in_half_precision_is_close(unet, batch, dtype):
     assert (steps != 0).float().mean() > 0.9
 
 
-def test_half_precision_keeps_the_gradients_of_a_large_batch(unet, batch):
+def test_half_precision_keeps_the_gradients_of_a_large_batch(unet, batch, monkeypatch):
     """A sample's share of the paper's 1024 is less than float16 holds, without a scale."""
-    found = {}
+    found, scale = {}, losses.loss_scale
     for dtype, scaled in ((torch.float32, True), (torch.float16, True), (torch.float16, False)):
         teacher, inputs = in_type(unet, batch, dtype)
         gates = attach_gates(teacher.unet)
@@ -137,10 +136,9 @@ def test_half_precision_keeps_the_gradients_of_a_large_batch(unet, batch):
         router = PromptRouter(DZ, space.size, N)
         macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=5)
         step = train.PruningStep(Pruning(batch_size=1024), teacher, router, gates, macs)
-        step.scale = step.scale if scaled else 1.0
-        a = torch.rand(B, space.size, generator=torch.Generator().manual_seed(4))
-        weights = torch.full((B,), 1 / 1024)
-        found[dtype, scaled] = step.image_losses(a, weights, inputs, torch.arange(B))[2]
+        monkeypatch.setattr(losses, "loss_scale", scale if scaled else lambda _: 1 / 1024)
+        a = torch.rand(1024, space.size, generator=torch.Generator().manual_seed(4))
+        found[dtype, scaled] = step.image_losses(a, inputs, None, torch.arange(B))[2][:B]
     wanted = found[torch.float32, True]
     assert error(found[torch.float16, True], wanted) < 3 * RTOL[torch.float16]
     assert error(found[torch.float16, False], wanted) > 3 * RTOL[torch.float16]

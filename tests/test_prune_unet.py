@@ -1,9 +1,6 @@
 """Gates on a running U-Net and experts cut out of it, on tiny U-Nets of four layouts."""
 
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,7 @@ from common.errors import UserError
 from common.files import save_tensors
 from gates import ArchSpace, binarize, gumbel_sigmoid
 from macs import measure_macs
-from prune_unet import attach_gates, cut_expert, load_expert, save_expert
-from teacher.blocks import BlockRecorder
+from prune_unet import BlockRecorder, attach_gates, cut_expert, find_units, load_expert, save_expert
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("resnet", "attention", "feedforward", "depth")
@@ -71,7 +67,7 @@ def largest_difference(unet, space, codes, inputs) -> float:
 )
 @settings(max_examples=15)
 def test_cut_equals_gated(unet, make_inputs, seed, depth, open_share, kinds, rows, repeats):
-    space = ArchSpace.from_unet(unet, depth)
+    space = find_units(unet, depth)
     codes = random_codes(space, rows, open_share, kinds, seed)
     inputs = make_inputs(unet, rows * repeats, seed)
     assert largest_difference(unet, space, codes, inputs) < 1e-5
@@ -79,13 +75,13 @@ def test_cut_equals_gated(unet, make_inputs, seed, depth, open_share, kinds, row
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_equals_gated_with_one_kind_pruned_to_the_least(unet, make_inputs, kind):
-    space = ArchSpace.from_unet(unet, "all")
+    space = find_units(unet, "all")
     codes = random_codes(space, 1, 0.0, {kind}, 0)
     assert largest_difference(unet, space, codes, make_inputs(unet, 1)) < 1e-5
 
 
 def test_cut_equals_gated_with_everything_pruned_to_the_least(unet, make_inputs):
-    space = ArchSpace.from_unet(unet, "all")
+    space = find_units(unet, "all")
     codes = random_codes(space, 1, 0.0, set(KINDS), 0)
     assert largest_difference(unet, space, codes, make_inputs(unet, 2)) < 1e-5
 
@@ -93,7 +89,7 @@ def test_cut_equals_gated_with_everything_pruned_to_the_least(unet, make_inputs)
 @pytest.fixture(scope="module")
 def prices(unet):
     return {
-        depth: measure_macs(unet, ArchSpace.from_unet(unet, depth), latent_size=8, text_tokens=5)
+        depth: measure_macs(unet, find_units(unet, depth), latent_size=8, text_tokens=5)
         for depth in ("paper", "all", "none")
     }
 
@@ -113,7 +109,7 @@ def test_macs_of_a_code_are_those_counted_on_its_expert(
 
 
 def test_cutting_leaves_the_dense_unet_alone(unet):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     expert = cut_expert(unet, random_codes(space, 1, 0.5, set(KINDS), 0)[0], space)
     with torch.no_grad():
@@ -127,7 +123,7 @@ def test_cutting_leaves_the_dense_unet_alone(unet):
 
 
 def test_an_expert_cut_with_gates_attached_has_none(unet, make_inputs):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     code = random_codes(space, 1, 0.5, set(KINDS), 0)[0]
     gates = attach_gates(unet, space)
     gates.set_gates(torch.zeros(3, space.size))
@@ -140,7 +136,7 @@ def test_an_expert_cut_with_gates_attached_has_none(unet, make_inputs):
 
 
 def test_codes_that_cannot_be_cut_are_refused(unet):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     code = torch.ones(space.size)
     with pytest.raises(ValueError, match="binary"):
         cut_expert(unet, code * 0.5, space)
@@ -160,7 +156,7 @@ def test_codes_that_cannot_be_cut_are_refused(unet):
 def test_the_dense_code_is_the_untouched_unet_bit_for_bit(unet, make_inputs):
     inputs = make_inputs(unet, 2)
     untouched = unet(**inputs).sample
-    gates = attach_gates(unet, ArchSpace.from_unet(unet, "all"))
+    gates = attach_gates(unet, find_units(unet, "all"))
     assert torch.equal(unet(**inputs).sample, untouched)
     gates.set_gates(torch.ones(2, gates.space.size))
     assert torch.equal(unet(**inputs).sample, untouched)
@@ -207,7 +203,7 @@ def gate_gradients(unet, inputs, space) -> Tensor:
 
 
 def test_the_denoising_loss_reaches_every_unit(unet, make_inputs):
-    space = ArchSpace.from_unet(unet, "all")
+    space = find_units(unet, "all")
     gradients = gate_gradients(unet, make_inputs(unet, 4), space)
     assert (gradients > 0).all()
     size = {
@@ -221,7 +217,7 @@ def test_the_denoising_loss_reaches_every_unit(unet, make_inputs):
 
 
 def test_gradients_with_checkpointing_are_the_same(unet, make_inputs):
-    inputs, space = make_inputs(unet, 2), ArchSpace.from_unet(unet)
+    inputs, space = make_inputs(unet, 2), find_units(unet)
     plain = gate_gradients(unet, inputs, space)
     checkpointed = copy.deepcopy(unet).train()
     checkpointed.enable_gradient_checkpointing()
@@ -230,7 +226,7 @@ def test_gradients_with_checkpointing_are_the_same(unet, make_inputs):
 
 @torch.no_grad()
 def test_a_sample_is_gated_by_its_own_code(unet, make_inputs):
-    inputs, space = make_inputs(unet, 2), ArchSpace.from_unet(unet)
+    inputs, space = make_inputs(unet, 2), find_units(unet)
     codes = random_codes(space, 2, 0.5, set(KINDS), 0)
     gates = attach_gates(unet, space)
     gates.set_gates(codes)
@@ -297,7 +293,7 @@ def test_block_recorder_keeps_what_the_blocks_put_out(unet, make_inputs):
 
 @pytest.fixture
 def saved(unet, tmp_path):
-    space = ArchSpace.from_unet(unet)
+    space = find_units(unet)
     code = random_codes(space, 1, 0.5, set(KINDS), 1)[0]
     expert = cut_expert(unet, code, space)
     path = tmp_path / "expert.safetensors"
@@ -352,41 +348,3 @@ def test_files_that_are_no_experts_are_refused_by_name(saved, tmp_path):
 
 
 # ---- the command ----
-
-
-def test_command_prints_one_json_object(monkeypatch, capsys):
-    command = ["prune_unet.py", "--unet", "sd21", "--resolution", "768", "--json"]
-    monkeypatch.setattr(sys, "argv", command)
-    prune_unet.main()
-    found = json.loads(capsys.readouterr().out)
-    counts = [found[key] for key in ("units", "groups", "heads", "ff", "depth")]
-    assert counts == [1620, 704, 390, 512, 14]
-    assert found["unet"] == "sd21" and found["resolution"] == 768
-    assert found["params"] == 865_910_724
-    assert round(found["macs"] / 1e9, 2) == 1074.55
-    assert abs(found["macs_paper"] / 1384.2e9 - 1) < 0.002
-    assert all(type(found[key]) is int for key in ("macs", "macs_paper", "params"))
-    assert 0 < found["floor"] < 1
-
-
-def test_command_prints_a_table_whose_rows_add_up(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prune_unet.py", "--unet", "pocket", "--depth", "none"])
-    prune_unet.main()
-    lines = capsys.readouterr().out.splitlines()
-    header = next(i for i, line in enumerate(lines) if line.startswith("level"))
-    total = next(i for i, line in enumerate(lines) if line.startswith("total"))
-    rows = [line.replace(",", "").split() for line in lines[header + 1 : total + 1]]
-    for column in range(1, 7):  # counts and parameters
-        assert sum(int(row[column]) for row in rows[:-1]) == int(rows[-1][column])
-    assert int(rows[-1][5]) == 0  # no depth units
-    assert abs(sum(float(row[7]) for row in rows[:-1]) - float(rows[-1][7])) < 0.1
-    assert "lowest budget" in lines[total + 1]
-
-
-@pytest.mark.slow
-def test_a_mistake_ends_in_one_line_and_code_2():
-    command = [sys.executable, "prune_unet.py", "--unet", "sd99"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --unet sd99") and result.stderr.count("\n") == 1
-    assert "sd21" in result.stderr

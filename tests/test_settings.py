@@ -2,49 +2,37 @@
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+import compare
 import pytest
 
 import evaluate
 import finetune
-import plan
-import prune_unet
-import router
 import sample
 import settings
 import train
+from bench import units
 from common.errors import UserError, command_line
 from common.files import write_json
-from common.ranges import RANGES, check_ranges
-from common.runs import NEEDED
-from settings import AS_PRINTED, FINETUNING, PRESETS, PRINTED, PRUNING, Finetuning, Pruning
+from common.ranges import Choice, Range, allowed, check
+from run import NEEDED
+from settings import EMOJI, PAPER, PRESETS, Finetuning, Pruning
 from targets import __main__ as describe
-from teacher.pocket import model_card, pretrain
 
 CONFIGS: dict[Any, Any] = {  # a script's module -> its configuration
     train: Pruning,
     finetune: Finetuning,
     sample: sample.Config,
     evaluate: evaluate.Config,
-    prune_unet: plan.Table,
+    compare: compare.Config,
+    units: units.Table,
     describe: describe.Config,
-    pretrain: pretrain.Config,
-    model_card: model_card.Config,
 }
-ANY = {"open_logit"}
-MAY_BE_ZERO = ANY | {
-    "warmup_steps", "transport_rows", "lr_warmup", "lr_decay", "predictor_rate", "weight_decay",
-    "lambda_distill", "block_weight", "lambda_res", "lambda_cont", "caption_dropout", "seed",
-    "expert", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
-    "noisy_share", "text_noise", "sentence_share", "latent_noise", "moment_weight", "edge_weight",
-    "square_weight", "vae_ema_decay", "unet_ema_decay",
-}  # fmt: skip
 HUGE = 2**70
 
 
@@ -61,62 +49,79 @@ def numbers(config: Any) -> dict[str, type]:
     return {name: kinds.pop() for name, kinds in found.items() if kinds}
 
 
-def bad_values(name: str, kind: type) -> Iterator[Any]:
+def bounds(config: Any, name: str) -> Range:
+    """The range that a field names."""
+    found = allowed(get_type_hints(config, include_extras=True)[name])
+    assert isinstance(found, Range), name
+    return found
+
+
+def bad_values(config: Any, name: str, kind: type) -> Iterator[Any]:
     """Numbers that a field must refuse."""
-    if kind is float:
-        yield from (math.nan, math.inf, -math.inf)
-    else:
-        yield HUGE
-    if name not in ANY:
-        yield kind(-1)
-    if name not in MAY_BE_ZERO:
-        yield kind(0)
+    range_ = bounds(config, name)
+    yield from (math.nan, math.inf, -math.inf) if kind is float else (HUGE,)
+    if range_.low > -math.inf:
+        yield kind(range_.low - 1)
+    if range_.above:
+        yield kind(range_.low)
+    if range_.high < math.inf:
+        yield kind(range_.high + 1)
 
 
 def test_numbers_are_found_in_every_kind_of_field():
     found = numbers(Pruning)
     assert found["budget"] is float and found["lr"] is float and found["limit"] is int
     assert not {"target", "hold_budget", "out"} & found.keys()
-    assert numbers(model_card.Config)["guidances"] is float
     assert all(is_dataclass(config) for config in CONFIGS.values())
 
 
-def test_every_number_has_a_range_and_every_range_a_number():
-    found = set().union(*(numbers(config) for config in CONFIGS.values()))
-    assert found == RANGES.keys()
+@dataclass(frozen=True)
+class Tried:
+    share: Annotated[float, Range(0, 1)] = 0.5
+    count: Annotated[int, Range(1, 9)] | None = None
+    rate: Annotated[float, Range(0, above=True)] = 1.0
+    several: tuple[Annotated[float, Range(0)], ...] = ()
+    word: Annotated[str, Choice("a", "b")] = "a"
+
+
+def test_a_field_says_what_it_may_be():
+    for good in ({}, {"share": 0}, {"share": 1.0}, {"count": 9}, {"several": (0, 2.5)}):
+        check(replace(Tried(), **good))
+    check(Tried(word="b"))
+    for bad, words in (
+        ({"share": 1.1}, "--share 1.1 is out of range; choose 0 or more, and at most 1"),
+        ({"count": 0}, "--count 0 is out of range; choose 1 or more, and at most 9"),
+        ({"rate": 0.0}, "--rate 0 is out of range; choose more than 0"),
+        ({"several": (1.0, -1.0)}, "--several -1 is out of range; choose 0 or more"),
+        ({"rate": math.nan}, "--rate nan is out of range"),
+        ({"word": "c"}, "--word c is unknown; choose one of: a, b"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check(replace(Tried(), **bad))
+        assert str(refused.value).startswith(words)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=lambda config: config.__module__)
 def test_ranges_refuse_what_cannot_be(config):
-    check_ranges(config())
+    check(config())
     for name, kind in numbers(config).items():
-        for value in bad_values(name, kind):
-            given = (3.0, value) if name == "guidances" else value
+        for value in bad_values(config, name, kind):
             with pytest.raises(UserError) as refused:
-                check_ranges(replace(config(), **{name: given}))
+                check(replace(config(), **{name: value}))
             message = str(refused.value)
             assert message.startswith(f"--{name.replace('_', '-')} ") and "choose " in message
             assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", sorted(MAY_BE_ZERO - {"guidances"}))
-def test_ranges_allow_what_can_be(name):
-    config = next(config for config in CONFIGS.values() if name in numbers(config))
-    check_ranges(replace(config(), **{name: 0}))
-
-
-def test_all_defaults_are_in_range(tmp_path):
-    for target in ("emoji", "coco"):
-        for options in ({}, {"as_printed": True}):
-            cfg = settings.resolve(Pruning(target=target, out=tmp_path / "none", **options))
-            check_ranges(cfg)
-            assert all(
-                getattr(cfg, name) is not None
-                for name in PRUNING[target if target in PRUNING else "paper"]
-            )
-        check_ranges(settings.resolve_finetuning(Finetuning(), target))
-    for preset in PRESETS.values():
-        check_ranges(settings.resolve(Pruning(**preset)))
+def test_all_presets_are_in_range(tmp_path):
+    for name, preset in PRESETS.items():
+        check(settings.resolve(replace(preset, out=tmp_path / name)))
+    for target in ("emoji", "coco", "my_pictures"):
+        check(settings.pruning_of(target))
+        check(settings.finetuning_of(target))
+        assert settings.pruning_of(target).target == target
+    assert settings.pruning_of("emoji") == EMOJI and EMOJI.teacher == "pocket"
+    assert settings.pruning_of("my_pictures").teacher == PAPER.teacher
 
 
 # ---- through the commands ----
@@ -133,9 +138,7 @@ def script(monkeypatch, tmp_path, capsys):
         (train, "prepare"),
         (finetune, "load_teacher"),
         (sample.APTPPipeline, "from_pretrained"),
-        (evaluate, "prepare"),
-        (pretrain, "load_target"),
-        (model_card, "load_teacher"),
+        (compare, "prepare"),
     ):
         monkeypatch.setattr(module, name, loaded)
     monkeypatch.chdir(tmp_path)
@@ -153,7 +156,7 @@ def script(monkeypatch, tmp_path, capsys):
 def arguments_of(module: Any, folder: Path) -> list[str]:
     """What a script is given beside the number, and where it would write."""
     run = folder / "run"
-    if module is finetune:
+    if module in (finetune, evaluate):
         for name, needed in NEEDED.items():
             write_json(run / name, dict.fromkeys(needed, 0) | {"target": "emoji", "num_experts": 2})
         return ["--run", str(run)]
@@ -161,7 +164,7 @@ def arguments_of(module: Any, folder: Path) -> list[str]:
         return ["a giraffe", "--run", str(run), "--out", str(folder / "out")]
     if module is evaluate:
         return ["--run", str(run)]
-    return [] if module is prune_unet else ["--out", str(folder / "out")]
+    return [] if module is units else ["--out", str(folder / "out")]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_a_number_out_of_range_is_one_line_and_leaves_nothing(module, script, tm
     given = arguments_of(module, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name, kind in numbers(CONFIGS[module]).items():
-        values = list(bad_values(name, kind))
+        values = list(bad_values(CONFIGS[module], name, kind))
         for value in values if module is train else values[-1:]:
             option = f"--{name.replace('_', '-')}"
             code, said = script(module, *given, f"{option}={value}")
@@ -191,7 +194,7 @@ def test_no_number_at_all_is_refused_too(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", [train, sample, pretrain, model_card], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [train, sample], ids=lambda m: m.__name__)
 def test_a_folder_that_cannot_be_written_is_refused_at_once(module, script, tmp_path):
     given = arguments_of(module, tmp_path)
     given = given[: given.index("--out")]
@@ -224,27 +227,21 @@ def test_what_does_not_go_together_is_refused(script):
 # ---- as printed ----
 
 
-def switches() -> set[str]:
-    """The switches that the modules' headers name among their departures from the paper."""
-    of_train = train.__doc__[train.__doc__.index("Departures") :]
-    names = re.findall(r"`--(?:no-)?([a-z-]+)`", of_train)
-    names += re.findall(r"`(\w+)=False`", router.__doc__)
-    return {name.replace("-", "_") for name in names}
+def test_as_printed_turns_every_departure_off():
+    """A preset that differs from the usual one in all switches of their group, and in the steps."""
+    for usual, printed in (("emoji", "emoji-as-printed"), ("coco-base", "coco-as-printed")):
+        usual, printed = PRESETS[usual], PRESETS[printed]
+        changed = {
+            f.name for f in fields(Pruning) if getattr(usual, f.name) != getattr(printed, f.name)
+        }
+        switches = set(settings.group(Pruning, "hold_budget")) - {"open_logit"}
+        assert changed - {"warmup_steps", "joint_steps", "lr", "lr_warmup"} == switches
+    on = {f.name for f in fields(Pruning) if getattr(printed, f.name) is True}
+    assert on == {"transport", "distill"}  # the paper's
 
 
-def test_as_printed_turns_every_departure_off(tmp_path):
-    cfg = settings.resolve(Pruning(as_printed=True, out=tmp_path / "none"))
-    assert {name: getattr(cfg, name) for name in AS_PRINTED} == AS_PRINTED
-    on = {field.name for field in fields(Pruning) if field.default is True}
-    assert {name for name in on if getattr(cfg, name)} == {"transport", "distill"}  # the paper's
-    assert len(switches()) > 8 and switches() <= {*AS_PRINTED, *PRINTED["paper"], "as_printed"}
-    usual = settings.resolve(Pruning(out=tmp_path / "none"))
-    for name, value in AS_PRINTED.items():
-        assert getattr(usual, name) != value, f"{name} is as printed anyway"
-
-
-def test_as_printed_has_the_values_of_appendix_e(tmp_path):
-    cfg = settings.resolve(Pruning(target="coco", as_printed=True, out=tmp_path / "none"))
+def test_as_printed_has_the_values_of_appendix_e():
+    cfg = PRESETS["coco-as-printed"]
     printed = {
         "warmup_steps": 500, "joint_steps": 2500, "batch_size": 1024, "micro_batch": 64,
         "lr": 2e-4, "lr_warmup": 100, "lambda_distill": 0.2, "lambda_res": 2.0,
@@ -253,17 +250,9 @@ def test_as_printed_has_the_values_of_appendix_e(tmp_path):
     }  # fmt: skip
     assert {name: getattr(cfg, name) for name in printed} == printed
     assert "mpnet" in cfg.prompt_encoder
-    tuning = settings.resolve_finetuning(Finetuning(), "coco")
+    tuning = settings.finetuning_of("coco")
     printed = {"steps": 30_000, "batch_size": 128, "lr": 1e-5, "alpha_ddpm": 1e-4}
     assert {name: getattr(tuning, name) for name in printed} == printed
-    assert set(PRINTED) == set(PRUNING) and FINETUNING["paper"]["steps"] == 30_000
-
-
-def test_as_printed_overrules_switches_but_not_other_numbers(tmp_path):
-    given = {"hold_budget": True, "transport_rows": 99, "lr": 1e-3, "joint_steps": 7}
-    cfg = settings.resolve(Pruning(as_printed=True, out=tmp_path / "none", **given))
-    assert not cfg.hold_budget and cfg.transport_rows == 0
-    assert cfg.lr == 1e-3 and cfg.joint_steps == 7
 
 
 # ---- presets ----
@@ -282,6 +271,21 @@ def test_presets_are_table_values_that_arguments_overrule():
     assert cfg.budget == 0.5 and cfg.num_experts == 16
 
 
-def test_lists_of_fields_name_fields():
-    assert set(settings.FREE) | AS_PRINTED.keys() <= {field.name for field in fields(Pruning)}
-    assert set(settings.IDENTITY) <= {field.name for field in fields(Finetuning)}
+def test_a_target_alone_brings_its_defaults():
+    assert settings.read_pruning(["--target", "coco"], None) == PAPER
+    own = settings.read_pruning(["--target=my_pictures", "--lr", "0.02"], None)
+    assert own == replace(PAPER, target="my_pictures", lr=0.02)
+    assert settings.read_pruning([], None) == EMOJI
+
+
+def test_a_run_is_named_after_its_target_and_budget(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path / "pictures")
+    for target, name in (("emoji", "emoji-0.5"), (".", "pictures-0.5"), ("../pictures/", None)):
+        out = settings.resolve(replace(EMOJI, target=target, budget=0.5)).out
+        assert out == settings.RUNS / (name or "pictures-0.5")
+
+
+def test_groups_are_runs_of_fields():
+    assert settings.MACHINE[0] == "device" and settings.MACHINE[-1] == "tflops"
+    assert settings.TUNED_BY[0] == "steps" and settings.TUNED_BY[-1] == "seed"

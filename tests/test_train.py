@@ -22,18 +22,19 @@ from torch.nn import functional as F
 import train
 from common.files import load_tensors
 from common.randomness import step_generator
-from gates import ArchSpace
 from macs import MacsModel, measure_macs
-from prune_unet import attach_gates
+from prune_unet import attach_gates, find_units
 from router import PromptRouter
-from settings import AS_PRINTED, Pruning
+from settings import Pruning
 from teacher.conditions import Conditions
 from teacher.model import Noised, add_noise
 
 ROOT = Path(__file__).resolve().parent.parent
-B, N, DZ, P = 7, 3, 12, 20
+B, N, DZ = 7, 3, 12
 BUDGET = 0.6
-PRINTED = {name: False for name in AS_PRINTED if AS_PRINTED[name] is False}
+PRINTED = dict.fromkeys(("hold_budget", "own_keys", "center", "normalise_blocks"), False) | {
+    "block_weight": 1.0
+}
 
 
 class Batch(NamedTuple):
@@ -44,7 +45,6 @@ class Batch(NamedTuple):
     macs: MacsModel
     noised: Noised
     z: Tensor  # (B, DZ)
-    others: Tensor  # (P, DZ)
 
     def step(self, cfg: Pruning) -> train.PruningStep:
         gates = attach_gates(self.unet, self.macs.space)
@@ -55,8 +55,7 @@ class Batch(NamedTuple):
 
 def stop(step: train.PruningStep) -> None:
     """Remove a step's hooks."""
-    step.gates.detach()
-    step.blocks.detach()
+    step.detach()
 
 
 @pytest.fixture
@@ -65,13 +64,13 @@ def make_batch(smallest, make_inputs):
 
     def make(unet: UNet2DConditionModel = smallest, **options: Any) -> Batch:
         torch.manual_seed(0)
-        space = ArchSpace.from_unet(unet)
+        space = find_units(unet)
         router = PromptRouter(DZ, space.size, N, **options)
         with torch.no_grad():
-            router.own.add_(torch.randn_like(router.own) - (0 if router.shared else 1))
+            router.codes.add_(torch.randn_like(router.codes) - 1)
             router.predictor.weight.mul_(4)
             router.mean_z.copy_(0.2 * torch.randn(DZ))
-            router.keys.copy_(router.codes + torch.randn_like(router.codes))
+            router.keys.copy_(router.codes - router.predictor.bias + torch.randn_like(router.codes))
         inputs = make_inputs(unet, B, seed=1)
         noised = Noised(
             inputs["sample"],
@@ -80,7 +79,7 @@ def make_batch(smallest, make_inputs):
             torch.randn(inputs["sample"].shape),
         )
         macs = measure_macs(unet, space, latent_size=8, text_tokens=5)
-        return Batch(unet, router, macs, noised, torch.randn(B, DZ), torch.randn(P, DZ))
+        return Batch(unet, router, macs, noised, torch.randn(B, DZ))
 
     return make
 
@@ -112,9 +111,9 @@ def blocks_and_output(unet: UNet2DConditionModel, noised: Noised) -> tuple[list[
 
 def transported(router: PromptRouter, e: Tensor, cfg: Pruning) -> Tensor:
     """Eq. 20 of embeddings (P, D): the plan as a plain loop in double precision."""
-    A, E = (router.keys if router.own_keys else router.codes).double(), e.double()
-    if router.center:
-        A, E = A - A.mean(0), E - router.predictor.bias
+    b = router.predictor.bias
+    A, E = (router.keys if router.own_keys else router.codes - b).double(), (e - b).double()
+    A, E = (A - A.mean(0), E) if router.center else (A + b, E + b)
     Q = torch.exp(F.cosine_similarity(A[:, None], E[None], dim=2) / cfg.eps)  # (N, P)
     for _ in range(cfg.sinkhorn_iterations):
         Q = Q / Q.sum(1, keepdim=True)
@@ -131,31 +130,25 @@ def contrastive(z: Tensor, e: Tensor, tau: float) -> Tensor:
 
 class Objective(NamedTuple):
     loss: Tensor
-    logits: Tensor  # of the gates of each sample, (B, D)
     log_T: Tensor
     lambda_res: float
 
 
-def eq_15(batch: Batch, cfg: Pruning, *, warmup: bool, others: bool = False) -> Objective:
+def eq_15(batch: Batch, cfg: Pruning, *, warmup: bool) -> Objective:
     """Eq. 15 of one batch, differentiable straight through the U-Net."""
-    unet, router, macs, noised, z, more = batch
+    unet, router, macs, noised, z = batch
     D = macs.space.size
     draw = torch.Generator().manual_seed(5)
 
     def gumbel(rows: int) -> Tensor:
         return -torch.log(-torch.log(torch.rand(rows, D, generator=draw, dtype=torch.float64)))
 
-    by_sample, by_batch = gumbel(B), gumbel(1)
+    noise = gumbel(B).float()
     e, experts = router(z), None
-    logits, noise = e, by_sample
+    a = e_prime = torch.sigmoid((e + noise) / cfg.gumbel_temp)
     if not warmup:
-        everything = torch.cat([e, router(more)]) if others else e
-        experts = transported(router, everything, cfg)[:B]
-        logits = router.codes[experts]
-        noise = by_sample if cfg.sample_noise else gumbel(N)[experts]
-    a = torch.sigmoid((logits + noise.float()) / cfg.gumbel_temp)
-    shared_noise = by_batch if cfg.common_noise else by_sample
-    e_prime = torch.sigmoid((e + shared_noise.float()) / cfg.gumbel_temp)
+        experts = transported(router, e, cfg)
+        a = torch.sigmoid((router.codes[experts] + gumbel(N)[experts].float()) / cfg.gumbel_temp)
 
     teacher_blocks, teacher = blocks_and_output(unet, noised)
     gates = attach_gates(unet, macs.space)
@@ -179,15 +172,24 @@ def eq_15(batch: Batch, cfg: Pruning, *, warmup: bool, others: bool = False) -> 
     log_T = torch.log(macs(a).mean() / (cfg.budget * macs.dense))
     resource, lambda_res = log_T.abs(), cfg.lambda_res
     if cfg.hold_budget:
+        trained = [p for p in router.parameters() if p.requires_grad]
         of_image, of_T = (
-            torch.autograd.grad(term, logits, retain_graph=True)[0] for term in (image, log_T)
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(
+                        term, trained, retain_graph=True, materialize_grads=True
+                    )
+                ]
+            )
+            for term in (image, log_T)
         )
         resource, lambda_res = log_T, max(0.0, -(of_image * of_T).sum() / (of_T**2).sum())
     loss = image + lambda_res * resource
     compared = e_prime - e_prime.sum(0) / B if cfg.center else e_prime
     if warmup or not cfg.own_keys:  # with keys that stay, embeddings are not trained any more
         loss = loss + cfg.lambda_cont * contrastive(z, compared, cfg.contrast_temp)
-    return Objective(loss, logits, log_T, float(lambda_res))
+    return Objective(loss, log_T, float(lambda_res))
 
 
 def gradients(router: PromptRouter, loss: Tensor) -> dict[str, Tensor]:
@@ -211,14 +213,13 @@ def check_step(batch: Batch, *, warmup: bool, **options: Any) -> None:
     """A step's loss and the gradients of all the router's parameters are those of Eq. 15."""
     # at a tau where the contrastive loss is no constant
     cfg = Pruning(**{"num_experts": N, "budget": BUDGET, "contrast_temp": 0.5, **options})
-    others = batch.others if cfg.hold_budget else None
     step = batch.step(cfg)
     draw = torch.Generator().manual_seed(5)
-    terms = step(batch.z, batch.noised, draw, warmup=warmup, others=others)
+    terms = step(batch.z, batch.noised, draw, warmup=warmup)
     found = gradients(batch.router, terms["loss"])
     stop(step)
     # with a held budget, the step has moved the router: Eq. 15 is that of where it is now
-    wanted = eq_15(batch, cfg, warmup=warmup, others=others is not None)
+    wanted = eq_15(batch, cfg, warmup=warmup)
     assert terms["lambda_res"].item() == pytest.approx(wanted.lambda_res, rel=1e-3, abs=1e-6)
     if cfg.hold_budget:
         assert wanted.log_T.item() == pytest.approx(0, abs=1e-5)
@@ -241,11 +242,11 @@ def test_a_step_in_parts_is_eq_15_in_one_piece(make_batch, unet, warmup):
     ("options", "of_router"),
     [
         ({"budget": 0.8, "block_weight": 0.2}, {}),
-        ({"distill": False, "micro_batch": 1}, {"shared": False}),
-        (PRINTED, {"shared": False, "center": False, "own_keys": False}),
+        ({"distill": False, "micro_batch": 1}, {}),
+        (PRINTED, {"center": False, "own_keys": False}),
         (PRINTED | {"micro_batch": 3, "distill": False}, {}),
     ],
-    ids=("with blocks", "separate codes, no distillation", "as printed", "printed, in parts"),
+    ids=("with blocks", "no distillation", "as printed", "printed, in parts"),
 )
 def test_every_kind_of_step_is_eq_15(make_batch, options, of_router, warmup):
     check_step(make_batch(**of_router), warmup=warmup, **options)
@@ -254,29 +255,26 @@ def test_every_kind_of_step_is_eq_15(make_batch, options, of_router, warmup):
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("budget", [0.45, 0.7, 0.9])
 def test_a_held_budget_leaves_nothing_along_its_price(make_batch, warmup, budget):
-    """The gradient with respect to the gates' logits, and that of log T, are at right angles."""
+    """The gradient of the trained parameters, and that of log T, are at right angles."""
     batch = make_batch()
     with torch.no_grad():  # a target that pruning only takes away from
         dense = batch.unet(**batch.noised.inputs()).sample
     batch = batch._replace(noised=dataclasses.replace(batch.noised, target=dense))
-    cfg = Pruning(num_experts=N, budget=budget)
-    step, logits = batch.step(cfg), []
-    plain = step.logits
-    step.logits = lambda *arguments: logits.append(plain(*arguments)) or logits[-1]
+    cfg = Pruning(num_experts=N, budget=budget, lambda_cont=0.0)
+    step = batch.step(cfg)
     draw = torch.Generator().manual_seed(5)
-    terms = step(batch.z, batch.noised, draw, warmup=warmup)
-    (found,) = torch.autograd.grad(terms["loss"], logits[-1])
+    found = gradients(batch.router, step(batch.z, batch.noised, draw, warmup=warmup)["loss"])
     stop(step)
     oracle = eq_15(batch, cfg, warmup=warmup)
-    (of_T,) = torch.autograd.grad(oracle.log_T, oracle.logits)
+    of_T = gradients(batch.router, oracle.log_T)
     assert oracle.lambda_res > 0
+    found, of_T = (torch.cat([g.flatten() for g in gs.values()]) for gs in (found, of_T))
     assert found.norm() > 0
     assert abs((found * of_T).sum()) < 1e-4 * found.norm() * of_T.norm()
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_constant_weight_does_not_move_the_router(make_batch, shared):
-    batch = make_batch(shared=shared)
+def test_a_constant_weight_does_not_move_the_router(make_batch):
+    batch = make_batch()
     before = {name: p.clone() for name, p in batch.router.named_parameters()}
     step = batch.step(Pruning(num_experts=N, budget=BUDGET, hold_budget=False))
     step(batch.z, batch.noised, torch.Generator(), warmup=False)
@@ -286,46 +284,43 @@ def test_a_constant_weight_does_not_move_the_router(make_batch, shared):
     moved = batch.router.predictor.bias - before["predictor.bias"]
     assert moved.abs().max() > 0.1 and moved.std() < 1e-5  # all logits alike
     assert torch.equal(batch.router.predictor.weight, before["predictor.weight"])
-    if shared:
-        assert torch.equal(batch.router.own, before["own"])
-    else:
-        assert torch.allclose(batch.router.own, before["own"] + moved, atol=1e-5)
+    assert torch.allclose(batch.router.codes, before["codes"] + moved, atol=1e-5)
     stop(step)
 
 
-@pytest.mark.parametrize("sample_noise", [True, False])
-@pytest.mark.parametrize("common_noise", [True, False])
-def test_whose_noise_it_is(make_batch, sample_noise, common_noise):
+def test_the_whole_model_as_budget_moves_nothing(make_batch):
+    """All gates open costs 1: no shift reaches it, and step after step would double the logits."""
     batch = make_batch()
-    step = batch.step(Pruning(num_experts=N, sample_noise=sample_noise, common_noise=common_noise))
+    step = batch.step(Pruning(num_experts=N, budget=1.0))
+    before = batch.router.predictor.bias.clone()
+    step(batch.z, batch.noised, torch.Generator(), warmup=True)
+    assert torch.equal(batch.router.predictor.bias, before)
+    stop(step)
+
+
+def test_a_codes_noise_is_one_for_all_its_samples_and_a_prompts_its_own(make_batch):
+    batch = make_batch()
+    step, seen = batch.step(Pruning(num_experts=N, hold_budget=False)), []
+    step.image_losses = lambda a, *_: seen.append(a) or (a[:, 0], a[:, 0], torch.zeros_like(a))
     experts = torch.tensor([0, 0, 0, 1, 2, 2, 1])
-
-    def draw(given: Tensor | None) -> tuple[Tensor, Tensor]:
-        return step.noise(B, given, torch.Generator().manual_seed(1))
-
-    gates, of_loss = draw(experts)
-    assert gates.shape == (B, batch.macs.space.size)
+    step(batch.z, batch.noised, torch.Generator(), warmup=False, experts=experts)
+    step(batch.z, batch.noised, torch.Generator(), warmup=True)
+    stop(step)
+    joint, warm = seen
     for i in range(B):
         for j in range(i):
-            same = not sample_noise and bool(experts[i] == experts[j])
-            assert torch.equal(gates[i], gates[j]) == same
-    warm, of_warm = draw(None)
-    assert len(warm.unique(dim=0)) == B  # each prompt has an architecture of its own
-    for noise in (of_loss, of_warm):
-        assert len(noise.expand(B, -1).unique(dim=0)) == (1 if common_noise else B)
-    if common_noise:  # neither is the other's
-        assert not (gates == of_loss).any()
-    stop(step)
+            assert torch.equal(joint[i], joint[j]) == bool(experts[i] == experts[j])
+    assert len(warm.unique(dim=0)) == B
 
 
 def test_what_processes_add_up_is_what_one_computes(make_batch):
     batch = make_batch()
     step = batch.step(Pruning(num_experts=N, micro_batch=2))
     a = torch.rand(B, batch.macs.space.size, generator=torch.Generator().manual_seed(4))
-    weights = torch.rand(B)
-    whole = step.image_losses(a, weights, batch.noised, torch.arange(B))
+    experts = torch.tensor([0, 0, 0, 1, 2, 2, 1])
+    whole = step.image_losses(a, batch.noised, experts, torch.arange(B))
     shares = [torch.arange(rank, B, 2) for rank in range(2)]
-    parts = [step.image_losses(a, weights, batch.noised.part(own), own) for own in shares]
+    parts = [step.image_losses(a, batch.noised.part(own), experts, own) for own in shares]
     for one, *several in zip(whole, *parts, strict=True):
         assert torch.allclose(one, sum(several), rtol=1e-4, atol=1e-6 * one.abs().max().item())
     for own, part in zip(shares, parts, strict=True):

@@ -19,7 +19,7 @@ import sample
 import train
 from common.errors import command_line
 from common.files import read_json
-from settings import PRUNING
+from settings import PRESETS
 from targets.images import load_target
 from teacher.model import load_teacher
 
@@ -165,12 +165,13 @@ def test_the_plan_of_a_preset_needs_neither_weights_nor_data(here):
     code, output, errors = here("train.py", "--preset", "coco-base", "--dry-run")
     assert code == 0, errors
     # 3 forwards x 1024 images x steps x 90.55 GMACs, and 2 x that / 125 TFLOP/s
-    steps = PRUNING["paper"]["warmup_steps"] + PRUNING["paper"]["joint_steps"]
+    preset = PRESETS["coco-base"]
+    steps = preset.warmup_steps + preset.joint_steps
     macs = 3 * 1024 * steps * 90.552e9
     assert f"{macs / 1e15:.1f} P in all" in output
     assert f"{2 * macs / 125e12 / 3600:.1f} hours" in output
     assert "41.3 hours" in output and "8 experts" in output
-    code, output, errors = here("train.py", "--preset", "coco-base", "--dry-run", "--as-printed")
+    code, output, errors = here("train.py", "--preset", "coco-as-printed", "--dry-run")
     assert code == 0, errors
     assert "500 + 2500 steps" in output and "834.5 P in all" in output
 

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import MetricsLog, load_tensors, read_json, replacing, save_tensors, write_json
 from common.processes import pick_device
 from common.randomness import batch_rows, step_generator
-from common.runs import newest_run
+from run import newest_run
 
 
 @given(

@@ -11,8 +11,8 @@ from small_pipelines import write_pipeline
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.randomness import step_generator
-from gates import ArchSpace, binarize
-from prune_unet import attach_gates, cut_expert, load_expert, save_expert
+from gates import binarize
+from prune_unet import attach_gates, cut_expert, find_units, load_expert, save_expert
 from targets.images import load_target
 from teacher.conditions import Conditions
 from teacher.encoded import encode_target
@@ -99,7 +99,7 @@ def test_a_dropped_caption_takes_both_of_its_encodings_and_no_size(teacher):
 def test_an_expert_cut_saved_and_loaded_is_the_gated_unet(teacher, tmp_path):
     conditions = teacher.conditions(PROMPTS, torch.tensor([[30, 40, 0, 3], [500, 375, 4, 0]]))
     batch = add_noise(teacher, torch.randn(2, 4, 8, 8), conditions, step_generator(0, "test"))
-    space = ArchSpace.from_unet(teacher.unet)
+    space = find_units(teacher.unet)
     logits = torch.rand(space.size, generator=torch.Generator().manual_seed(3))
     code = binarize(logits, space, threshold=1 / 3)
     gates = attach_gates(teacher.unet, space)

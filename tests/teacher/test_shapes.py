@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from bench.units import describe
 from common.errors import UserError
 from macs import measure_macs
-from plan import describe
 from teacher.shapes import ASSETS, load_shape
 
 

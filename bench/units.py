@@ -1,19 +1,17 @@
-"""What can be pruned of a U-Net, and what a run will take, before anything is loaded. App. E.2.
+"""What can be pruned of a U-Net, level by level, and what it costs. App. D.3, E.2.
 
-Behind `python prune_unet.py`, which prints the prunable units of a U-Net level by level, and
-`python train.py --dry-run`, which prints a run's MACs, memory and hours. The hours
-follow from exact MACs and the numbers of steps. A multiply-accumulate is two floating point
-operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
-backward pass, which costs as much as a forward since the weights are frozen: three forwards. With
-checkpointing it is four. Fine-tuning trains weights: the teacher forward, the expert forward, and
-twice the expert's forward for its backward pass. Autoencoder and text encoder are left out.
+    python -m bench.units --unet sd21 --resolution 768
+    python -m bench.units --unet sdxl --depth all --json
+
+No weights are needed.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,19 +19,13 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from common.errors import UserError
-from gates import ArchSpace
-from macs import (
-    MacsModel,
-    check_budget,
-    example_inputs,
-    measure_macs,
-    module_macs,
-    skeleton,
-)
-from settings import FINETUNING, PAPER_PIXELS, Pruning
-from teacher.model import PRECISIONS
-from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape, text_widths
+from common.errors import UserError, command_line
+from common.options import read_options
+from common.ranges import Count, Pixels, check
+from macs import MacsModel, measure_macs, module_macs
+from prune_unet import blocks_of, example_inputs, find_units, meta_copy
+from settings import Depth
+from teacher.shapes import PIXELS, load_shape
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,11 @@ class Table:
     unet: str = "sd21"
     """sd21, sd21-base, sd15, sdxl, pocket, or a folder with a diffusers U-Net (config.json) or
     pipeline (unet/config.json)."""
-    resolution: int | None = None
+    resolution: Pixels | None = None
     """Pixels a side, a multiple of 8; the U-Net's own if not given (paper: 768)."""
-    text_tokens: int = 77
+    text_tokens: Count = 77
     """Length of the text states."""
-    depth: Literal["paper", "all", "none"] = "paper"
+    depth: Depth = "paper"
     """Layers that may be removed whole: the last ResBlock and Transformer of each down and up block
     (paper), every one whose input and output shapes agree (all), none."""
     json: bool = False
@@ -69,11 +61,9 @@ def level_costs(
         unet: a diffusers UNet2DConditionModel, on any device.
         macs: its T(a), for the same `latent_size` and `text_tokens`.
     """
-    model = skeleton(unet)
+    model = meta_copy(unet)
     counts = module_macs(model, example_inputs(model, latent_size, text_tokens))
-    blocks = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
-    blocks += ["mid_block"] if unet.mid_block is not None else []
-    blocks += [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    blocks = list(blocks_of(unet))
 
     def level_of(name: str) -> str:
         inner = next((block for block in blocks if name.startswith(block + ".")), "input")
@@ -121,7 +111,7 @@ def paper_macs(unet: UNet2DConditionModel, *, latent_size: int) -> int:
       (S x S a head, again) puts out.
 
     Args:
-        unet: run once as it is; give a `skeleton`, cut or not, unless a real forward is wanted.
+        unet: run once as it is; give a `meta_copy`, cut or not, unless a real forward is wanted.
         latent_size: height and width of the latent: pixels / 8.
     """
     extra = 0
@@ -157,7 +147,7 @@ def describe(
         name: as `load_shape` takes it.
         resolution: pixels a side, a multiple of 8; None for the U-Net's own.
         text_tokens: length of the text states.
-        depth: as `ArchSpace.from_unet` takes it.
+        depth: as `find_units` takes it.
 
     Raises:
         UserError: an argument is none of these.
@@ -168,9 +158,7 @@ def describe(
     resolution = PIXELS * unet.config.sample_size if resolution is None else resolution
     if resolution < PIXELS or resolution % PIXELS:
         raise UserError(f"--resolution {resolution} is not a multiple of {PIXELS}; try 768")
-    if text_tokens < 1:
-        raise UserError(f"--text-tokens {text_tokens} is too small; choose 1 or more")
-    space = ArchSpace.from_unet(unet, depth)
+    space = find_units(unet, depth)
     sizes = {"latent_size": resolution // PIXELS, "text_tokens": text_tokens}
     macs = measure_macs(unet, space, **sizes)
     return {
@@ -208,104 +196,12 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"MACs by the paper's convention {found['macs_paper'] / per_unit:.2f} {unit}")
 
 
-HUB_SHAPES = {
-    "stable-diffusion-2-1": "sd21",
-    "stable-diffusion-2-1-base": "sd21-base",
-    "stable-diffusion-xl-base-1.0": "sdxl",
-}
-
-GIB = 2**30
+def main() -> None:
+    cfg = read_options(Table, __doc__)
+    check(cfg)
+    found = describe(cfg.unet, cfg.resolution, cfg.text_tokens, cfg.depth)
+    print(json.dumps(found)) if cfg.json else print_table(found)
 
 
-def shape_of(teacher: str) -> UNet2DConditionModel:
-    """A teacher's U-Net without weights. Raises `UserError` where its shape is not known here."""
-    name = teacher.removesuffix("-random")
-    return load_shape(HUB_SHAPES.get(name.rsplit("/", 1)[-1], name))
-
-
-def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
-    """Bytes, in float32, that the forward of one image keeps for a backward pass to its input.
-
-    Attention is counted as if it kept its S x S weights; fused kernels do not.
-    """
-    model = skeleton(unet).requires_grad_(False)
-    inputs = example_inputs(model, latent_size, tokens)
-    inputs["sample"].requires_grad_()
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that none is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def plan(cfg: Pruning) -> str:
-    """The plan of a run, several lines. Raises `UserError` where the budget cannot be reached.
-
-    Args:
-        cfg: with what depends on the target filled in.
-    """
-    assert cfg.teacher and cfg.batch_size and cfg.joint_steps and cfg.warmup_steps is not None
-    unet = shape_of(cfg.teacher)
-    own = PIXELS * unet.config.sample_size
-    pixels = min(cfg.resolution or PAPER_PIXELS, own)
-    tokens = POCKET_TOKENS if cfg.teacher == "pocket" else CLIP_TOKENS
-    space = ArchSpace.from_unet(unet, cfg.depth)
-    used = measure_macs(unet, space, latent_size=own // PIXELS, text_tokens=tokens)
-    check_budget(cfg.budget, used)
-    size = pixels // PIXELS
-    macs = measure_macs(unet, space, latent_size=size, text_tokens=tokens)
-    params = sum(p.numel() for p in unet.parameters())
-    forwards = 2 + cfg.distill + cfg.checkpointing
-    steps, rate = cfg.warmup_steps + cfg.joint_steps, cfg.tflops * 1e12
-    of_step = forwards * cfg.batch_size * macs.dense
-    hours = 2 * steps * of_step / rate / 3600
-    tuning = FINETUNING.get(cfg.target, FINETUNING["paper"])
-    of_image = (1 + 3 * cfg.budget) * macs.dense
-    images = cfg.num_experts * tuning["steps"] * tuning["batch_size"]
-    tuning_hours = 2 * images * of_image / rate / 3600
-    width = torch.empty((), dtype=PRECISIONS[cfg.precision]).element_size()
-    weights = width * params
-    together = min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
-    activations = together * activation_bytes(unet, size, tokens) * width // 4
-    expert = 4 * params * cfg.budget  # float32
-    reach = cfg.lr * steps if cfg.lr else 0
-    start = (
-        "they start within 4 of 0" if cfg.importance_start else f"all start at {cfg.open_logit:g}"
-    )
-    untested = ""
-    if text_widths(unet.config)[1]:
-        untested = "SDXL: hyperparameters of Stable Diffusion 2.1, untested at full size\n"
-    text = f"{forwards} forwards x {cfg.batch_size} images x {macs.dense / 1e9:.2f} G"
-    return f"""\
-{cfg.teacher} on {cfg.target}: {params / 1e6:.1f} M parameters, {space.size} prunable units
-budget {cfg.budget:g} of {used.dense / 1e9:.2f} G MACs at {own} px; with everything pruned \
-{used.floor / used.dense:.3f} are left; {cfg.num_experts} experts
-{untested}
-pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps at {pixels} px, effective batch \
-{cfg.batch_size}, {together} at once in each process
-  MACs       {of_step / 1e12:.1f} T a step ({text}), {steps * of_step / 1e15:.1f} P in all
-  time       {hours:.1f} hours of one GPU at {cfg.tflops:g} TFLOP/s: \
-2 x {steps * of_step / 1e15:.1f} P / {cfg.tflops:g} T / 3600
-  memory     {weights / GIB:.1f} GiB of weights ({cfg.precision}), about \
-{activations / GIB:.1f} GiB of activations at {together} images\
-{", less with checkpointing" if cfg.checkpointing else ""}
-  learning   logits move by {reach:.2g} at most in {steps} steps at lr {cfg.lr:g}; {start}
-
-fine-tuning  {cfg.num_experts} experts x {tuning["steps"]} steps x {tuning["batch_size"]} images = \
-{images / 1e6:.2f} M images
-  MACs       {of_image / 1e9:.1f} G an image (teacher 1 + expert 3 x {cfg.budget:g}, of \
-{macs.dense / 1e9:.2f} G)
-  time       {tuning_hours:.1f} hours of one GPU in all, \
-{tuning_hours / cfg.num_experts:.1f} an expert
-  memory     {(weights + 4 * expert) / GIB:.1f} GiB of weights, gradients and moments
-
-disk         {cfg.num_experts * expert / GIB:.1f} GiB of experts, {3 * expert / GIB:.1f} GiB of a \
-checkpoint while one is fine-tuned
-"""
+if __name__ == "__main__":
+    command_line(main)

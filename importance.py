@@ -1,0 +1,151 @@
+"""Taylor importance of a unit: how much the loss falls when the unit goes. Where codes start; `sp`.
+
+A layer reads a unit's features h as W h, where W are the weights for that unit. A gate a makes this
+W (a h) = (a W) h, so dL/da at a = 1 is the sum of w dL/dw over W: to first order, the change of L
+when W goes to zero (Molchanov et al., 2019). A depth gate does the same for a whole branch. So one
+backward pass to the gates gives the importance of all units for each sample, and no weight needs a
+gradient.
+
+Early and late timesteps have losses of different size. So |dL/da| is averaged over the samples of
+an interval of the noise schedule, and the intervals' means are summed; intervals where the
+denoising loss is below `LEAST_LOSS` of the highest are left out (Diff-Pruning, Fang et al., 2023,
+leaves out timesteps of small loss).
+
+| symbol | name here | shape |
+|---|---|---|
+| abs dL/da | `Gradients.change`, of each sample | (n, D) |
+| its mean over an interval's samples | `interval_means` | (K, INTERVALS, D) |
+
+What differs from the paper, which does not say where codes start: docs/departures.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import losses
+from common.processes import all_reduce, local_rows, rank
+from common.randomness import batch_rows, step_generator
+from prune_unet import attach_gates
+from run import Setup
+
+INTERVALS = 20  # equal parts of the noise schedule
+LEAST_LOSS = 0.05
+TAYLOR_BATCHES, START_BATCHES = 16, 32  # of training rows; `START_BATCHES` for the regression of W
+START_DEVIATION, START_LIMIT = 1.5, 4.0  # of the logits at the start
+START_WEIGHT = 5.0  # factor of W
+RIDGE, MOST_RELATIVE = 3.0, 5.0  # of W's regression: ridge, largest relative importance
+
+
+class Gradients(NamedTuple):
+    """What this process's samples say, on the CPU."""
+
+    rows: Tensor  # (n,), of the training split
+    interval: Tensor  # (n,), of the noise schedule
+    loss: Tensor  # (n,), denoising loss
+    change: Tensor  # (n, D), |dL/da| at open gates
+
+
+def gate_gradients(setup: Setup, batches: int) -> Gradients:
+    """|dL/da| at open gates, L the denoising loss, of the samples of some training batches."""
+    cfg, teacher, D = setup.cfg, setup.teacher, setup.space.size
+    timesteps = teacher.noise_schedule().config.num_train_timesteps
+    scale = losses.loss_scale(teacher.dtype)
+    local, found = local_rows(cfg.batch_size), []
+    gates = attach_gates(teacher.unet, setup.space)
+    try:
+        bar = range(batches)
+        for step in tqdm(bar, desc="Taylor importance", unit="batch", disable=rank() > 0):
+            rows = batch_rows(len(setup.z), cfg.batch_size, cfg.seed, step)[local]
+            batch = setup.noised(rows, step_generator(cfg.seed, "taylor", step), local)
+            for places in torch.arange(len(rows)).split(cfg.micro_batch):
+                part = batch.part(places)
+                a = torch.ones(len(places), D, device=teacher.device, requires_grad=True)
+                gates.set_gates(a)
+                loss = losses.denoising_loss(teacher.unet(**part.inputs()).sample, part.target)
+                (gradient,) = torch.autograd.grad(scale * loss.sum(), a)  # (b, D)
+                interval = part.t * INTERVALS // timesteps
+                sample = (interval, loss.detach(), gradient.abs() / scale)
+                found.append((rows[places], *(value.cpu() for value in sample)))
+    finally:
+        gates.detach()
+    return Gradients(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def summed(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors' sums over the processes, on the CPU."""
+    moved = [tensor.to(device) for tensor in tensors]
+    all_reduce(*moved)
+    return [tensor.cpu() for tensor in moved]
+
+
+def interval_means(
+    found: Gradients, clusters: Tensor, K: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean |dL/da| of each cluster in each interval, (K, INTERVALS, D), and which intervals count.
+
+    Args:
+        clusters: of the samples, (n,), in [0, K).
+        device: where processes sum.
+
+    Returns:
+        The means, 0 where a cluster has no sample, and the intervals that count, (INTERVALS,) bool.
+    """
+    cells, D = K * INTERVALS, found.change.shape[1]
+    cell = clusters * INTERVALS + found.interval  # (n,)
+    change = torch.zeros(cells, D).index_add_(0, cell, found.change)
+    loss = torch.zeros(INTERVALS).index_add_(0, found.interval, found.loss)
+    count = torch.bincount(cell, minlength=cells).float()
+    change, loss, count = summed(device, change, loss, count)
+    mean_loss = loss / count.view(K, INTERVALS).sum(0).clamp(min=1)  # (INTERVALS,)
+    means = (change / count.clamp(min=1)[:, None]).view(K, INTERVALS, D)
+    return means, mean_loss > LEAST_LOSS * mean_loss.max()
+
+
+def taylor_importance(
+    setup: Setup, clusters: Tensor | None = None, batches: int | None = None
+) -> Tensor:
+    """The importance of every unit to each cluster of prompts, (K, D).
+
+    Args:
+        clusters: cluster of each training row, (rows,), in [0, K); if absent, K = 1.
+        batches: number of training batches; `TAYLOR_BATCHES` if absent.
+    """
+    if clusters is None:
+        clusters = torch.zeros(len(setup.z), dtype=torch.long)
+    found = gate_gradients(setup, batches or TAYLOR_BATCHES)
+    K, device = int(clusters.max()) + 1, setup.teacher.device
+    means, used = interval_means(found, clusters[found.rows], K, device)
+    return means[:, used].sum(1)
+
+
+def importance_start(setup: Setup) -> tuple[Tensor, Tensor]:
+    """Where the architecture predictor starts: b, (D,), and W, (D, dz), so that e is importance.
+
+    b is the logarithm of the units' importance, standardised and limited. W is a ridge regression,
+    times `START_WEIGHT`: from a sample's prompt, C (z - mean z), it predicts |dL/da| of the sample,
+    relative to the mean over samples in the same interval of the schedule.
+    """
+    found, device = gate_gradients(setup, START_BATCHES), setup.teacher.device
+    (means,), used = interval_means(found, torch.zeros_like(found.rows), 1, device)
+    scores = means[used].sum(0)  # (D,)
+    relative = found.change / means[found.interval].clamp(min=1e-12)  # (n, D)
+    y = relative.clamp(max=MOST_RELATIVE) - 1
+    x = (setup.z[found.rows] - setup.z.mean(0)) @ setup.content.T  # (n, dz)
+    count = torch.tensor(float(len(x)))
+    xx, xy, sum_x, sum_y, count = summed(device, x.T @ x, x.T @ y, x.sum(0), y.sum(0), count)
+    xx, xy = (s - sum_x[:, None] * t / count for s, t in ((xx, sum_x), (xy, sum_y)))
+    W = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx)), xy).T  # (D, dz)
+    scale = START_DEVIATION / scores.clamp(min=1e-12).log().std().clamp(min=1e-6)
+    return importance_logits(scores), START_WEIGHT * scale * W
+
+
+def importance_logits(scores: Tensor) -> Tensor:
+    """Where logits start: the logarithm of importance, standardised and limited, (..., D)."""
+    logits = scores.clamp(min=1e-12).log()
+    logits = START_DEVIATION * (logits - logits.mean()) / logits.std().clamp(min=1e-6)
+    return logits.clamp(-START_LIMIT, START_LIMIT)

@@ -1,0 +1,355 @@
+"""A run: what a pruning method is given, and the folder that it leaves. Sec. 3.4, Eq. 22, App. E.
+
+`prepare` loads a `Setup`: teacher, architecture space, costs, data set, prompt embeddings. Every
+method ends in `write_results`, so that fine-tuning, sampling and evaluation read one kind of
+folder:
+
+| file | what |
+|---|---|
+| `config.json` | the settings; written first |
+| `metrics.csv` | the terms of the loss, a row a step |
+| `router.safetensors` | the router, and its prompt encoder's name |
+| `codes.safetensors` | binary codes that meet the budget, (N, D) |
+| `assignments.json` | the expert of each prompt of both splits, as routed at test time |
+| `summary.json` | what was made; written last |
+| `experts/<i>.safetensors` | fine-tuned experts |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import refuse_other_settings
+from common.errors import UserError
+from common.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
+from common.processes import pick_device, start_processes
+from evaluation.analysis import frequent_words
+from gates import ArchSpace
+from macs import MacsModel, check_budget, measure_macs, meet_budget
+from prune_unet import cut_in_place, find_units, meta_copy
+from router import PromptEncoder, PromptRouter, content_map
+from settings import MACHINE, RUNS, Pruning
+from targets.emoji import EMOJI_SIZE
+from targets.images import CaptionedImages, load_target
+from teacher.encoded import Encoded, encode_target
+from teacher.model import Noised, Teacher, add_noise, load_teacher
+
+PAPER_PIXELS = 256  # while pruning
+WORDINGS_OF = 300  # images whose captions `content_map` compares
+NEEDED = {  # what scripts read of a run, by its file
+    "summary.json": (
+        *("target", "teacher", "resolution", "budget", "num_experts", "experts"),
+        *("macs_dense", "macs_ratio_mean", "usage_train", "usage_validation"),
+    ),
+    "config.json": ("target", "data_dir", "limit", "seed", "depth", "cache_latents"),
+    "assignments.json": ("train", "validation"),
+}
+
+
+# ---- what a method is given ----
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a pruning method is given."""
+
+    cfg: Pruning
+    teacher: Teacher
+    space: ArchSpace
+    macs: MacsModel  # at the teacher's own resolution, where experts will be used
+    data: CaptionedImages
+    validation: CaptionedImages
+    encoder: PromptEncoder
+    z: Tensor  # embeddings of the training prompts, (rows, dz)
+    content: Tensor  # C, the map of `content_map`, (dz, dz)
+    encoded: Encoded  # the training rows as the U-Net reads them
+    seconds: float  # spent on encoding
+
+    def start_router(self) -> PromptRouter:
+        """An untrained router on the teacher's device."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)
+        router = PromptRouter(
+            self.z.shape[1],
+            self.space.size,
+            cfg.num_experts,
+            center=cfg.center,
+            own_keys=cfg.own_keys,
+            open_logit=cfg.open_logit,
+        )
+        if cfg.center:
+            router.mean_z.copy_(self.z.mean(0))
+        router.content.copy_(self.content)
+        return router.to(self.teacher.device)
+
+    def noised(
+        self, rows: Tensor, generator: torch.Generator, local: Tensor | None = None
+    ) -> Noised:
+        """Training rows at random timesteps.
+
+        Args:
+            rows: row numbers, (b,).
+            local: which rows of a batch of `batch_size` these are, (b,); if absent, they are a
+                whole batch.
+        """
+        B = len(rows) if local is None else self.cfg.batch_size
+        return add_noise(self.teacher, *self.encoded.batch(rows), generator, local, B)
+
+
+def prepare(cfg: Pruning) -> Setup:
+    """Load the teacher and the data set, and encode the training rows.
+
+    Raises `UserError`.
+    """
+    device = start_processes(pick_device(cfg.device))
+    where: dict[str, Any] = {"data_dir": cfg.data_dir, "seed": cfg.seed}
+
+    def load_splits(pixels: int) -> list[CaptionedImages]:
+        train = load_target(cfg.target, "train", limit=cfg.limit, resolution=pixels, **where)
+        return [train, load_target(cfg.target, "validation", resolution=pixels, **where)]
+
+    pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
+    splits = load_splits(pixels)  # data first, since what is missing there is found at once
+    if len(splits[0]) < cfg.num_experts:
+        raise UserError(
+            f"--target {cfg.target} has {len(splits[0])} training prompts, fewer than the "
+            f"{cfg.num_experts} experts; lower --num-experts or add images"
+        )
+    teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
+    if cfg.resolution is None:
+        teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
+    if teacher.resolution != pixels:
+        splits = load_splits(teacher.resolution)
+    data, validation = splits
+    if cfg.checkpointing:
+        teacher.unet.enable_gradient_checkpointing()
+    space = find_units(teacher.unet, cfg.depth)
+    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
+    macs = measure_macs(
+        teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
+    )
+    check_budget(cfg.budget, macs)
+    clock = time.time()
+    encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
+    z = encoder.embeddings(data.captions)  # (rows, dz)
+    content = torch.eye(z.shape[1])
+    if cfg.by_content:
+        wordings, images = data.wordings(WORDINGS_OF)
+        content = content_map(encoder.embeddings(wordings), images)
+    encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
+    return Setup(
+        cfg=cfg,
+        teacher=teacher,
+        space=space,
+        macs=macs,
+        data=data,
+        validation=validation,
+        encoder=encoder,
+        z=z,
+        content=content,
+        encoded=encoded,
+        seconds=time.time() - clock,
+    )
+
+
+# ---- the folder ----
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The complete run that was finished last. Raises `UserError` where there is none."""
+    runs = sorted(root.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(
+            f"there is no finished run under {root.resolve()}; run `python train.py` first, or "
+            f"name one with --run"
+        )
+    return runs[-1].parent
+
+
+def as_json(cfg: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON values."""
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in asdict(cfg).items()
+    }
+
+
+def check_resumable(run: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds another run; settings of the machine may differ.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or files that are no run.
+    """
+    remove_leftovers(run, "config.json")
+    if (run / "config.json").exists():
+        old = read_json(run / "config.json")
+        refuse_other_settings(run, old, {k: v for k, v in settings.items() if k not in MACHINE})
+        remove_leftovers(run)
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run; choose another folder with --out")
+
+
+def read_run(run: Path, *names: str) -> list[dict[str, Any]]:
+    """Some of a run's JSON files, by name: those of `NEEDED`.
+
+    Raises:
+        UserError: one is missing, is not JSON, or lacks a field.
+    """
+    found = []
+    for name in names:
+        content = read_json(run / name)
+        fields = content if isinstance(content, dict) else {}
+        lacking = [field for field in NEEDED[name] if field not in fields]
+        if lacking:
+            raise UserError(
+                f"{run / name} lacks {', '.join(lacking)}: it is not what a finished run holds; "
+                f"make the run again, or name another with --run"
+            )
+        found.append(fields)
+    return found
+
+
+def expert_path(run: Path, expert: int) -> Path:
+    """Where a run keeps a fine-tuned expert."""
+    return run / "experts" / f"{expert}.safetensors"
+
+
+def load_codes(run: Path, space: ArchSpace) -> Tensor:
+    """The run's binary codes, (N, D). Raises `UserError` where they belong to another U-Net."""
+    tensors, _ = load_tensors(run / "codes.safetensors")
+    codes = tensors["codes"].float()
+    if codes.shape[1] != space.size:
+        raise UserError(
+            f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run "
+            f"is from another teacher"
+        )
+    return codes
+
+
+def load_router(run: Path, device: torch.device) -> tuple[PromptRouter, str]:
+    """The run's router in eval mode, and the name of its prompt encoder. Raises `UserError`."""
+    path = run / "router.safetensors"
+    tensors, settings = load_tensors(path)
+    encoder = settings.pop("prompt_encoder", "")
+    try:
+        router = PromptRouter(**settings)
+        router.load_state_dict(tensors)
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"{path} is of another version of this program; prune again with train.py"
+        ) from None
+    return router.to(device).eval(), encoder
+
+
+def load_split(
+    settings: dict[str, Any], assigned: dict[str, list[int]], split: str, resolution: int
+) -> CaptionedImages:
+    """A split of a run's target. Raises `UserError` where its rows have changed since the run.
+
+    Args:
+        settings: the run's config.json.
+        assigned: the run's assignments.json.
+        resolution: pixels a side.
+    """
+    data = load_target(
+        settings["target"],
+        split,
+        seed=settings["seed"],
+        limit=settings["limit"] if split == "train" else None,
+        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
+        resolution=resolution,
+    )
+    if len(data) != len(assigned[split]):
+        raise UserError(
+            f"{data.report()}; the run's assignments have {len(assigned[split]):,} rows of "
+            f"{split}: give its images back as they were, or prune again with train.py"
+        )
+    return data
+
+
+def write_results(
+    setup: Setup,
+    router: PromptRouter,
+    seconds: dict[str, float],
+    *,
+    codes: Tensor | None = None,
+    method: str = "aptp",
+) -> None:
+    """Route every prompt as at test time, make the codes binary, and write the run's results.
+
+    `summary.json` comes last.
+
+    Args:
+        setup: what the method was given.
+        router: trained; for a method with one expert, any router.
+        seconds: time of each stage.
+        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
+        method: its name.
+    """
+    cfg = setup.cfg
+    assert cfg.out
+    run, macs = cfg.out, setup.macs
+    z_validation = setup.encoder(setup.validation.captions)
+    routed = {
+        split: torch.cat([router.route(part).cpu() for part in z.split(8192)])
+        for split, z in (("train", setup.z), ("validation", z_validation))
+    }
+    usage = {
+        split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
+        for split, experts in routed.items()
+    }
+    if codes is None:
+        codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
+    save_tensors(
+        run / "router.safetensors",
+        router.state_dict(),
+        {**router.settings(), "prompt_encoder": setup.encoder.name},
+    )
+    save_tensors(run / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth})
+    write_json(
+        run / "assignments.json", {split: experts.tolist() for split, experts in routed.items()}
+    )
+    summary = {
+        "method": method,
+        "target": cfg.target,
+        "teacher": setup.teacher.name,
+        "resolution": setup.teacher.resolution,
+        "macs_resolution": setup.teacher.own_pixels or setup.teacher.resolution,
+        "budget": cfg.budget,
+        "num_experts": cfg.num_experts,
+        "units": macs.space.size,
+        "macs_dense": macs.dense,
+        "macs_ratio_mean": (usage["train"].double() @ macs(codes)).item() / macs.dense,
+        "usage_train": usage["train"].tolist(),
+        "usage_validation": usage["validation"].tolist(),
+        "experts": list(describe_experts(setup, codes, routed["train"])),
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    write_json(run / "summary.json", summary)
+
+
+def describe_experts(setup: Setup, codes: Tensor, routed: Tensor) -> Iterator[dict[str, Any]]:
+    """What `summary.json` says of each expert.
+
+    Args:
+        codes: binary codes, (N, D).
+        routed: expert of each training prompt, (rows,).
+    """
+    everything = setup.data.captions
+    for i, code in enumerate(codes):
+        rows = (routed == i).nonzero().flatten().tolist()
+        cut = meta_copy(setup.teacher.unet)  # shapes are enough to count parameters
+        cut_in_place(cut, setup.space, code)
+        yield {
+            "id": i,
+            "macs_ratio": setup.macs(code).item() / setup.macs.dense,
+            "params": sum(p.numel() for p in cut.parameters()),
+            "usage_train": len(rows) / len(routed),
+            "words": frequent_words([everything[row] for row in rows], everything),
+        }

@@ -1,0 +1,209 @@
+"""Importance against weights' gradients and brute force; the start against scikit-learn."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import ROWS
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+import importance
+import losses
+from common.randomness import batch_rows, step_generator
+from prune_unet import attach_gates, gated_module
+from run import Setup
+from teacher.model import Noised
+
+B = 6  # rows a batch
+
+
+def taylor_batch(setup: Setup, step: int) -> tuple[Tensor, Noised]:
+    """The rows and the noised batch that step `step` of the importance looks at."""
+    rows = batch_rows(ROWS, B, setup.cfg.seed, step)
+    return rows, setup.noised(rows, step_generator(setup.cfg.seed, "taylor", step))
+
+
+# ---- Taylor importance ----
+
+
+def weight_sums(unet, space) -> torch.Tensor:
+    """Sum of w dL/dw over the weights that each gate scales, from the weights' own gradients."""
+    sums = torch.full((space.size,), torch.nan)
+    for layer in space.width_layers:
+        weight = gated_module(unet, layer)[0].weight
+        products = (weight * weight.grad).transpose(0, 1)  # a row an input channel
+        sums[layer.span] = products.reshape(layer.units, -1).sum(1)
+    for layer in space.depth_layers:
+        module = unet.get_submodule(layer.name)
+        is_resnet = layer.name.split(".")[-2] == "resnets"
+        if is_resnet and (module.conv_shortcut is not None or module.output_scale_factor != 1):
+            continue  # the branch is not all that the gate scales
+        last = module.conv2 if is_resnet else module.proj_out
+        sums[layer.start] = sum((w * w.grad).sum() for w in last.parameters())
+    return sums
+
+
+@pytest.mark.parametrize("least_loss", [0.05, 0.9])
+def test_taylor_importance_is_that_of_the_weights(setup_of, unet, monkeypatch, least_loss):
+    """Gates' gradients against weights' gradients, a sample at a time, by interval and loss."""
+    monkeypatch.setattr(importance, "TAYLOR_BATCHES", 2)
+    monkeypatch.setattr(importance, "LEAST_LOSS", least_loss)
+    setup = setup_of(unet, depth="all")
+    trained = copy.deepcopy(unet).requires_grad_(True)
+    found: dict[int, list] = {}
+    for step in range(2):
+        _, batch = taylor_batch(setup, step)
+        for row in range(B):
+            part = batch.part(torch.tensor([row]))
+            trained.zero_grad()
+            loss = losses.denoising_loss(trained(**part.inputs()).sample, part.target).sum()
+            loss.backward()
+            change = weight_sums(trained, setup.space).abs()
+            found.setdefault(int(part.t) * 20 // 1000, []).append((loss.item(), change))
+    mean_losses = {i: sum(x for x, _ in pairs) / len(pairs) for i, pairs in found.items()}
+    counted = [i for i, x in mean_losses.items() if x > least_loss * max(mean_losses.values())]
+    assert least_loss < 0.5 or 0 < len(counted) < len(found)
+    expected = sum(torch.stack([g for _, g in found[i]]).mean(0) for i in counted)
+    (scores,) = importance.taylor_importance(setup)
+    known = ~expected.isnan()
+    assert known[: setup.macs.unit_cost.shape[0]].all()
+    assert known.sum() > setup.macs.unit_cost.shape[0]  # depth units among them
+    assert torch.allclose(scores[known], expected[known].detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_micro_batch_changes_nothing(setup_of, unet, monkeypatch):
+    monkeypatch.setattr(importance, "TAYLOR_BATCHES", 2)
+    clusters = torch.arange(ROWS) % 3
+    whole = importance.taylor_importance(setup_of(unet), clusters)
+    parts = importance.taylor_importance(setup_of(unet, micro_batch=4), clusters)
+    assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("K", [1, 3, ROWS])
+def test_importance_of_a_cluster_is_that_of_its_own_samples(setup_of, smallest, monkeypatch, K):
+    """By brute force: each sample's gradient alone, averaged by cluster and interval."""
+    monkeypatch.setattr(importance, "INTERVALS", 2)
+    monkeypatch.setattr(importance, "LEAST_LOSS", 0.0)
+    setup, draw = setup_of(smallest), torch.Generator().manual_seed(1)
+    clusters = torch.randint(K, (ROWS,), generator=draw)
+    clusters[0] = K - 1
+    gates = attach_gates(smallest, setup.space)
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for step in range(3):
+        rows, batch = taylor_batch(setup, step)
+        for place, row in enumerate(rows.tolist()):
+            part = batch.part(torch.tensor([place]))
+            a = torch.ones(1, setup.space.size, requires_grad=True)
+            gates.set_gates(a)
+            ((smallest(**part.inputs()).sample - part.target) ** 2).mean().backward()
+            cell = int(clusters[row]), int(part.t >= 500)
+            found.setdefault(cell, []).append(a.grad[0].abs())
+    gates.detach()
+    expected = torch.zeros(K, setup.space.size)
+    for (k, _), gradients in found.items():
+        expected[k] += torch.stack(gradients).mean(0)
+    scores = importance.taylor_importance(setup, clusters, 3)
+    assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_whole_is_the_mean_of_the_clusters_by_their_shares(setup_of, smallest, monkeypatch):
+    monkeypatch.setattr(importance, "INTERVALS", 1)
+    setup = setup_of(smallest)
+    clusters = torch.arange(ROWS).clamp(max=9) // 3  # 3, 3, 3 and 15 rows, each seen once
+    each = importance.taylor_importance(setup, clusters, ROWS // B)
+    (whole,) = importance.taylor_importance(setup, batches=ROWS // B)
+    shares = torch.bincount(clusters) / ROWS
+    assert len(each) == 4 and not torch.allclose(each[0], each[3], rtol=0.1)
+    assert torch.allclose(shares @ each, whole, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def loss_changes(setup, size: float) -> torch.Tensor:
+    """Mean over samples of |loss without `size` of a unit - loss|, one unit at a time, (D,)."""
+    unet, D = setup.teacher.unet, setup.space.size
+    codes = torch.cat([torch.ones(1, D), torch.ones(D, D) - size * torch.eye(D)])  # dense first
+    gates = attach_gates(unet, setup.space)
+    _, batch = taylor_batch(setup, 0)
+    total = torch.zeros(D)
+    for row in range(B):
+        part = batch.part(torch.full((D + 1,), row))
+        gates.set_gates(codes)
+        loss = losses.denoising_loss(unet(**part.inputs()).sample.double(), part.target.double())
+        total += (loss[1:] - loss[0]).abs().float() / B
+    gates.detach()
+    return total
+
+
+def test_taylor_importance_ranks_units_like_closing_them(setup_of, smallest, monkeypatch):
+    monkeypatch.setattr(importance, "TAYLOR_BATCHES", 1)
+    monkeypatch.setattr(importance, "INTERVALS", 1)
+    setup = setup_of(smallest)
+    (scores,) = importance.taylor_importance(setup)
+    nearly = loss_changes(setup, 0.05)
+    assert spearmanr(scores, nearly).statistic > 0.95
+    assert torch.allclose(nearly / 0.05, scores, rtol=0.2, atol=0.1 * scores.max().item())
+    assert spearmanr(scores, loss_changes(setup, 1.0)).statistic > 0.8
+
+
+def test_importance_leaves_no_hooks(setup_of, smallest):
+    importance.taylor_importance(setup_of(smallest), batches=1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in smallest.modules())
+
+
+# ---- where logits start ----
+
+
+@given(seed=st.integers(0, 2**31), spread=st.floats(0.1, 6), K=st.sampled_from((None, 1, 4)))
+def test_logits_start_at_the_standardised_logarithm(seed, spread, K):
+    shape = (50,) if K is None else (K, 50)
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.exp(spread * torch.randn(shape, generator=draw))
+    logs = [torch.tensor(x).log().item() for x in scores.flatten().tolist()]
+    mean = sum(logs) / len(logs)
+    deviation = (sum((x - mean) ** 2 for x in logs) / (len(logs) - 1)) ** 0.5
+    expected = [max(-4.0, min(4.0, 1.5 * (x - mean) / deviation)) for x in logs]
+    logits = importance.importance_logits(scores)
+    assert logits.shape == shape
+    assert torch.allclose(logits.flatten(), torch.tensor(expected), atol=1e-3)
+    scaled = importance.importance_logits(100 * scores)  # a loss in other units
+    assert torch.allclose(scaled, logits, atol=1e-3)
+
+
+def test_the_predictor_starts_at_the_ridge_regression_of_importance(
+    setup_of, smallest, monkeypatch
+):
+    """Against scikit-learn's, of gradients that depend on the prompt as planted."""
+    setup = setup_of(smallest)
+    D, dz, rows = setup.space.size, setup.z.shape[1], torch.arange(ROWS).repeat(40)
+    generator = torch.Generator().manual_seed(1)
+    content = torch.eye(dz) + 0.1 * torch.randn(dz, dz, generator=generator)
+    setup = dataclasses.replace(setup, content=content)
+    x = (setup.z - setup.z.mean(0)) @ setup.content.T  # (ROWS, dz)
+    planted = 0.02 * torch.randn(D, dz, generator=generator)
+    level = torch.rand(2, D, generator=generator) + 0.5  # of two intervals of the schedule
+    interval = torch.arange(len(rows)) % 2
+    wanted = 1 + x[rows] @ planted.T + 0.1 * torch.randn(len(rows), D, generator=generator)
+    gradient = level[interval] * wanted
+    found = importance.Gradients(rows, interval, torch.ones(len(rows)), gradient)
+    monkeypatch.setattr(importance, "gate_gradients", lambda *_: found)
+    b, W = importance.importance_start(setup)
+    mean = torch.stack([gradient[interval == k].mean(0) for k in (0, 1)])
+    relative = gradient / mean[interval] - 1
+    assert relative.max() < importance.MOST_RELATIVE - 1
+    ridge = Ridge(alpha=importance.RIDGE).fit(x[rows].double().numpy(), relative.double().numpy())
+    scale = importance.START_DEVIATION / mean.sum(0).log().std()
+    found = W / (importance.START_WEIGHT * scale)
+    assert torch.allclose(found, torch.from_numpy(ridge.coef_).to(W), atol=1e-4)
+    assert torch.allclose(b, importance.importance_logits(mean.sum(0)), atol=1e-5)
+    assert torch.corrcoef(torch.stack([found.flatten(), planted.flatten()]))[0, 1] > 0.9
+
+
+def test_units_without_importance_start_lowest_and_finite():
+    logits = importance.importance_logits(torch.tensor([0.0, 1e-3, 1e-2, 0.0]))
+    assert logits.isfinite().all() and logits[0] == logits[3] < logits[1] < logits[2]
+    assert importance.importance_logits(torch.ones(5)).tolist() == [0.0] * 5

@@ -1,0 +1,82 @@
+"""Runs: what a method is given, and the folder that it leaves."""
+
+import dataclasses
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import ROWS
+
+import run
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+from common.randomness import batch_rows, step_generator
+from macs import meet_budget
+
+B = 6  # rows a batch
+
+
+# ---- noised rows ----
+
+
+def test_a_shared_out_batch_is_the_whole_one_in_parts(setup_of, smallest):
+    setup = setup_of(smallest)
+    rows = batch_rows(ROWS, B, 0, 1)
+    whole = setup.noised(rows, step_generator(0, "train", 1))
+    for rank in range(2):
+        local = torch.arange(rank, B, 2)
+        part = setup.noised(rows[local], step_generator(0, "train", 1), local)
+        for name in ("sample", "t", "target"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[local]), name
+        assert torch.equal(part.conditions.text, whole.conditions.text[local])
+
+
+# ---- results ----
+
+
+def test_a_routers_codes_are_written_as_they_meet_the_budget(setup_of, smallest, tmp_path):
+    setup = setup_of(smallest, out=tmp_path)
+    captions = SimpleNamespace(captions=["a giraffe"] * ROWS)
+    encoder = Mock(return_value=setup.z)
+    encoder.name = "none"
+    setup = dataclasses.replace(setup, data=captions, validation=captions, encoder=encoder)
+    router = setup.start_router()
+    router.start_codes(setup.z)
+    run.write_results(setup, router, {})
+    codes = load_tensors(tmp_path / "codes.safetensors")[0]["codes"].float()
+    shares = torch.bincount(router.route(setup.z), minlength=len(codes)) / ROWS
+    expected = meet_budget(router.codes, shares, setup.macs, setup.cfg.budget)
+    assert torch.equal(codes, expected)
+
+
+# ---- a run's target ----
+
+
+def test_a_run_whose_rows_have_changed_is_refused_in_one_line():
+    settings = {"target": "emoji", "seed": 0, "limit": 12, "data_dir": None}
+    assigned = {"train": [0] * 12}
+    assert len(run.load_split(settings, assigned, "train", 64)) == 12
+    assigned["train"].append(1)
+    with pytest.raises(UserError, match=r"emoji: 12 rows; .* 13 rows of train.*train\.py"):
+        run.load_split(settings, assigned, "train", 64)
+
+
+def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, tmp_path):
+    router = setup_of(smallest).start_router()
+    meta = {**router.settings(), "prompt_encoder": "none"}
+    path = tmp_path / "router.safetensors"
+    save_tensors(path, router.state_dict(), meta)
+    again, encoder = run.load_router(tmp_path, torch.device("cpu"))
+    assert torch.equal(again.codes, router.codes) and encoder == "none"
+    older = {name: t for name, t in router.state_dict().items() if name != "codes"}
+    for tensors, settings in ((older, meta), (router.state_dict(), meta | {"shared": True})):
+        save_tensors(path, tensors, settings)
+        with pytest.raises(UserError, match=r"another version.*train\.py"):
+            run.load_router(tmp_path, torch.device("cpu"))
+
+
+def test_fewer_prompts_than_experts_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(run, "load_teacher", Mock(side_effect=AssertionError))
+    with pytest.raises(UserError, match=r"5 training prompts.*--num-experts"):
+        run.prepare(run.Pruning(limit=5))
