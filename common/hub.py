@@ -1,7 +1,7 @@
 """Published models: from a package, a folder, or the hub's cache.
 
-A published model is a folder of JSON and safetensors; code and pickles of a model are neither
-fetched nor read.
+A published model is a folder of JSON and safetensors. Its code is never run, and pickles are never
+read.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ import errno
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from common.errors import UserError
 from common.files import read_json
@@ -26,15 +32,12 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 PROMPT_ENCODERS = ("minilm",)  # those that need no download
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-
-TEXTS = (".json", ".model", ".txt")  # configurations and vocabularies
-
+CONTENT = (".safetensors", ".json", ".model", ".txt")  # weights, configurations, vocabularies
+ELSEWHERE = ("onnx", "openvino")  # folders with the same weights for other runtimes
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's fault
 
-ELSEWHERE = ("onnx", "openvino")  # folders with the same weights for other runtimes
 
-
-# ---- published models ----
+# ---- folders and the hub ----
 
 
 def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -> Path:
@@ -49,13 +52,6 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
     Raises:
         UserError: there is no such folder, and no such model on this machine or the hub.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -63,9 +59,18 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         raise UserError(f"{option} {name} is a file; give the model's folder, or {otherwise}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{option} {name} is unknown; give a folder, a hub id, or {otherwise}")
+    wanted, skip = list(files), [f"{place}/*" for place in ELSEWHERE]
+    fetch = huggingface_hub.snapshot_download
+    with fetching(name, option, otherwise):
+        return Path(fetch(name, allow_patterns=wanted, ignore_patterns=skip))
+
+
+@contextmanager
+def fetching(name: str, option: str, otherwise: str) -> Iterator[None]:
+    """Turns the many errors of a download into one `UserError`; see `model_folder`."""
     try:
-        skip = [f"{place}/*" for place in ELSEWHERE]
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=skip))
+        yield
+        return
     except (GatedRepoError, RepositoryNotFoundError):
         why = "the hub has no such model, or `hf auth login` is needed"
     except LocalEntryNotFoundError:
@@ -108,15 +113,15 @@ def refuse_pickles(folder: Path, option: str) -> None:
 def content_hash(folder: Path) -> str:
     """sha256 of a model's weights, configurations and vocabularies, wherever the folder lies."""
     digest = hashlib.sha256()
-    for path in model_files(folder):
-        if path.suffix in (".safetensors", *TEXTS):
-            digest.update(
-                f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode()
-            )
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+    for path in (path for path in model_files(folder) if path.suffix in CONTENT):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+# ---- packages ----
 
 
 def package_folder(package: str) -> Path:
@@ -143,7 +148,7 @@ def encoder_folder(name: str) -> Path:
     if name in PROMPT_ENCODERS:
         return minilm_folder()
     option = "--prompt-encoder"
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    files = [f"*{ending}" for ending in CONTENT]
     folder = model_folder(name, option, files, f"take {' or '.join(PROMPT_ENCODERS)}")
     refuse_pickles(folder, option)
     modules = folder / "modules.json"
@@ -160,18 +165,14 @@ def encoder_folder(name: str) -> Path:
     return folder
 
 
-def load_sentence_transformer(folder: Path, name: str, device: torch.device | str) -> Any:
+def load_sentence_transformer(folder: Path, name: str, device: Any) -> Any:
     """Raises `UserError` where the folder is damaged, incomplete or of another kind."""
     from sentence_transformers import SentenceTransformer
 
+    options = {"trust_remote_code": False, "local_files_only": True}
+    safely = {"use_safetensors": True}
     try:
-        return SentenceTransformer(
-            str(folder),
-            device=str(device),
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-        )
+        return SentenceTransformer(str(folder), device=str(device), model_kwargs=safely, **options)
     except Exception as error:  # the libraries raise all kinds over a damaged file
         reason = " ".join(str(error).split())[:120]
         raise UserError(

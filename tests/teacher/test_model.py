@@ -18,9 +18,12 @@ def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back()
     """With a stand-in for the diffusers pipeline."""
     asked, encoding = [], []
 
+    class Scheduler:
+        config = SimpleNamespace(num_train_timesteps=1000, steps_offset=1)
+
     class Pipe:
         unet = SimpleNamespace(config=SimpleNamespace(sample_size=4))
-        scheduler = object()
+        scheduler = Scheduler()
         vae_scale_factor = 8
         image_processor = SimpleNamespace(postprocess=lambda images, kind: images.tolist())
 
