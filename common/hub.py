@@ -10,8 +10,7 @@ import errno
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,10 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the networ
 # ---- folders and the hub ----
 
 
+class NotCached(UserError):
+    """A file of a published model is neither in the hub's cache nor can it be fetched now."""
+
+
 def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -> Path:
     """A published model as a folder: `name` itself, or the hub's copy, fetched if need be.
 
@@ -50,7 +53,8 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         otherwise: what else the option takes, for messages.
 
     Raises:
-        UserError: there is no such folder, and no such model on this machine or the hub.
+        UserError: there is no such folder, and no such model on this machine or the hub
+            (`NotCached` where the hub was not asked).
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -59,27 +63,20 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         raise UserError(f"{option} {name} is a file; give the model's folder, or {otherwise}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{option} {name} is unknown; give a folder, a hub id, or {otherwise}")
-    wanted, skip = list(files), [f"{place}/*" for place in ELSEWHERE]
-    fetch = huggingface_hub.snapshot_download
-    with fetching(name, option, otherwise):
-        return Path(fetch(name, allow_patterns=wanted, ignore_patterns=skip))
-
-
-@contextmanager
-def fetching(name: str, option: str, otherwise: str) -> Iterator[None]:
-    """Turns the many errors of a download into one `UserError`; see `model_folder`."""
+    skip, fetch = [f"{place}/*" for place in ELSEWHERE], huggingface_hub.snapshot_download
+    error_class = UserError
     try:
-        yield
-        return
+        return Path(fetch(name, allow_patterns=list(files), ignore_patterns=skip))
     except (GatedRepoError, RepositoryNotFoundError):
         why = "the hub has no such model, or `hf auth login` is needed"
     except LocalEntryNotFoundError:
         why = "not in the hub's cache, and no network or HF_HUB_OFFLINE is set"
+        error_class = NotCached
     except Exception as error:  # the network's are many
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         why = " ".join(f"{type(error).__name__} {error}".split())[:120]
-    raise UserError(
+    raise error_class(
         f"{option} {name} is no folder here and could not be fetched ({why}): run `hf download "
         f"{name} --local-dir D` where there is a network and give {option} D, or {otherwise}"
     )

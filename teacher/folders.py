@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import UserError
 from common.files import read_json
-from common.hub import STABLE_DIFFUSION, fetching, model_folder, refuse_pickles
+from common.hub import STABLE_DIFFUSION, NotCached, model_folder
 from teacher.parts import AutoencoderDC, BertModel
 from teacher.shapes import TEACHERS, check_unet, text_widths
 
@@ -52,7 +52,8 @@ CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {  # pipeline -> its parts -> w
 }
 LIBRARIES = ("diffusers", "transformers", "teacher.parts")  # as model_index.json names them
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+FULL = ("*model.safetensors", "*model-0*.safetensors", "*.safetensors.index.json")
+HALF = ("*model.fp16.safetensors", "*model.fp16-0*.safetensors", "*.safetensors.index.fp16.json")
 LEFT_OUT: dict[str, dict[str, Any]] = {
     SD: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     SDXL: {"add_watermarker": False},
@@ -72,67 +73,53 @@ def assemble(kind: str, **parts: Any) -> Pipeline:
 def load_folder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline by folder or hub id, and what `teacher.json` beside it says, if there is one.
 
-    Args:
-        dtype: of the parts' weights.
-
-    Raises:
-        UserError: it is not there, incomplete, damaged, pickled, or of an unsupported kind.
+    Raises `UserError` where it is not there, incomplete, damaged, pickled or not supported.
     """
     otherwise = f"take one of: {', '.join(TEACHERS)}"
+
+    def files(*patterns: str) -> Path:
+        return model_folder(name, OPTION, patterns, otherwise)
+
     configs = [f"{part}/config.json" for part in CLASSES[SDXL]]
-    texts = [f"{part}/*" for part in ("scheduler", *TOKENIZERS.values())]
-    files = ["model_index.json", "teacher.json", *configs, *texts]
-    folder = model_folder(name, OPTION, files, otherwise)
+    others = [f"{part}/*" for part in ("scheduler", *TOKENIZERS.values())]
+    folder = files("model_index.json", "teacher.json", *configs, *others)
     index = read_config(folder, "model_index.json")
     classes = check_layout(folder, index)
-    kind, scheduler = index["_class_name"], load_scheduler(folder)
-    if not Path(name).expanduser().is_dir():
-        with fetching(name, OPTION, otherwise):
-            folder = fetch_weights(name, kind)
-    parts: dict[str, Any] = {"scheduler": scheduler}
+    kind = index["_class_name"]
+    parts: dict[str, Any] = {"scheduler": load_scheduler(folder)}
+
+    def lacking() -> list[str]:
+        return [part for part in classes if not list((folder / part).glob("*.safetensors"))]
+
+    try:
+        files(*(f"{part}/{file}" for part in classes for file in FULL))
+        if rest := lacking():
+            files(*(f"{part}/{file}" for part in rest for file in HALF))
+    except NotCached:  # fp16 will do
+        if lacking():
+            raise
     for part, of_class in classes.items():
         full = part == "vae" and stays_float32(kind, read_config(folder, "vae/config.json"))
         parts[part] = load_part(folder, part, of_class, torch.float32 if full else dtype)
         if part in TOKENIZERS:
             parts[TOKENIZERS[part]] = load_tokenizer(folder, TOKENIZERS[part], parts[part])
     check_fit(folder, parts)
-    settings = read_config(folder, "teacher.json") if (folder / "teacher.json").exists() else {}
-    guidance, pixels = settings.get("guidance_scale", 0), settings.get("resolution")
-    if not isinstance(guidance, int | float) or not isinstance(pixels, int | None):
-        why = "guidance_scale must be a number, resolution a number of pixels"
-        raise damaged(folder / "teacher.json", why)
     if kind == SDXL:
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
+    settings = read_config(folder, "teacher.json") if (folder / "teacher.json").exists() else {}
+    for key in ("guidance_scale", "resolution"):
+        if not isinstance(settings.get(key, 1), int | float):
+            raise damaged(folder / "teacher.json", f"gives {key} no number")
     return assemble(kind, **parts), settings
-
-
-def fetch_weights(name: str, kind: str) -> Path:
-    """The hub's copy of a whole pipeline: in full precision or, where it is not there, in fp16."""
-    pipeline, options = getattr(diffusers, kind), dict.fromkeys(UNUSED)
-    try:
-        return Path(pipeline.download(name, use_safetensors=True, **options))
-    except OSError as error:
-        # diffusers' word for files that are not there; a failing network is of another type
-        if type(error) is not OSError or error.errno is not None:
-            raise
-        try:
-            half = pipeline.download(name, use_safetensors=True, variant="fp16", **options)
-        except (OSError, ValueError):
-            raise error from None
-        return Path(half)
 
 
 # ---- what a folder says of itself ----
 
 
 def check_layout(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """The classes of the parts that have weights.
+    """The classes of the parts that have weights, by the folder's model_index.json.
 
-    Args:
-        index: the folder's model_index.json.
-
-    Raises:
-        UserError: the folder is not a whole pipeline of a supported kind.
+    Raises `UserError` where the folder is not a whole pipeline of a supported kind.
     """
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in CLASSES:
@@ -152,12 +139,12 @@ def check_layout(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
         raise unsupported(
             folder, "it is prompted by images too (image_encoder), as IP adapters are"
         )
-    configs = {part: read_config(folder, f"{part}/config.json") for part in classes}
-    check_unet(configs["unet"], f"{OPTION} {folder}")
-    added = configs["unet"].get("addition_embed_type")
+    unet, vae = (read_config(folder, f"{part}/config.json") for part in ("unet", "vae"))
+    check_unet(unet, f"{OPTION} {folder}")
+    added = unet.get("addition_embed_type")
     if (added == "text_time") != (kind == SDXL):
         raise unsupported(folder, f"its U-Net's addition_embed_type is {added}, unlike a {kind}'s")
-    if configs["vae"].get("latents_mean"):
+    if vae.get("latents_mean"):
         raise unsupported(folder, "its autoencoder shifts latents (latents_mean)")
     return classes
 
@@ -167,26 +154,22 @@ def check_fit(folder: Path, parts: dict[str, Any]) -> None:
     unet, latents = parts["unet"].config, parts["vae"].config.latent_channels
     encoders = {name: parts[name].config for name in TOKENIZERS if name in parts}
     states, pooled = text_widths(unet)
-    for what, wanted, given in (
-        ("text states", states, sum(encoder.hidden_size for encoder in encoders.values())),
-        ("pooled text", pooled, getattr(encoders.get("text_encoder_2"), "projection_dim", 0)),
-        ("latents", unet.in_channels, latents),
-        ("outputs", unet.out_channels, latents),
-    ):
+    width = sum(encoder.hidden_size for encoder in encoders.values())
+    second = getattr(encoders.get("text_encoder_2"), "projection_dim", 0)
+    pairs = [
+        ("its U-Net's text states", states, "its text encoders give", width),
+        ("its U-Net's pooled text", pooled, "its second text encoder gives", second),
+        ("its U-Net's latents", unet.in_channels, "its autoencoder's are", latents),
+        ("its U-Net's outputs", unet.out_channels, "its autoencoder's latents are", latents),
+    ]
+    for what, wanted, other, given in pairs:
         if wanted != given:
-            raise unsupported(
-                folder,
-                f"its parts do not fit together: the U-Net's {what} have width {wanted}, the "
-                f"other parts' {given}",
-            )
+            raise unsupported(folder, f"{what} have width {wanted}, and {other} {given}")
     for name, encoder in encoders.items():
-        known = 1 + max(parts[TOKENIZERS[name]].get_vocab().values())
-        if known > encoder.vocab_size:
-            raise unsupported(
-                folder,
-                f"its parts do not fit together: its {TOKENIZERS[name]} gives numbers up to "
-                f"{known - 1}, its {name} knows {encoder.vocab_size} tokens",
-            )
+        last = max(parts[TOKENIZERS[name]].get_vocab().values())
+        if last >= encoder.vocab_size:
+            what = f"its {TOKENIZERS[name]} numbers tokens up to {last}"
+            raise unsupported(folder, f"{what}, and its {name} knows {encoder.vocab_size}")
 
 
 def stays_float32(kind: str, vae: Any) -> bool:
@@ -201,40 +184,24 @@ def stays_float32(kind: str, vae: Any) -> bool:
 
 
 def load_part(folder: Path, part: str, of_class: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The U-Net, autoencoder or text encoder in `folder / part`, with all of its weights.
-
-    Where fp16 files are alone, they are taken.
-    """
+    """The U-Net, autoencoder or text encoder in `folder / part`, with all of its weights."""
     weights = [path.name for path in (folder / part).glob("*.safetensors")]
     if not weights:
-        refuse_pickles(folder / part, OPTION)
-        raise incomplete(folder, f"{part}/*.safetensors")
+        raise damaged(folder / part, "holds no safetensors, and pickles are not read")
     half = all(".fp16" in name for name in weights)
-    # transformers has renamed this option, and diffusers is about to
-    precision = "dtype" if part in TOKENIZERS else "torch_dtype"
-    try:
-        model, info = of_class.from_pretrained(
-            folder / part,
-            variant="fp16" if half else None,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{precision: dtype},
-        )
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / part, error) from None
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    options["variant"] = "fp16" if half else None
+    # transformers has renamed this option
+    options["dtype" if part in TOKENIZERS else "torch_dtype"] = dtype
+    model, info = load(of_class, folder / part, **options)
     if lacking := sorted(info["missing_keys"]):
-        raise damaged(folder / part, f"it lacks {len(lacking)} weights, such as {lacking[0]}")
+        raise damaged(folder / part, f"lacks {len(lacking)} weights, such as {lacking[0]}")
     return model
 
 
 def load_tokenizer(folder: Path, name: str, text_encoder: Any) -> Any:
     """A tokenizer that gives no more tokens than its encoder takes."""
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name, **options)
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / name, error) from None
+    tokenizer = load(transformers.AutoTokenizer, folder / name, trust_remote_code=False)
     longest = text_encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
@@ -248,30 +215,33 @@ def load_scheduler(folder: Path) -> PNDMScheduler:
     if not known or config.get("rescale_betas_zero_snr"):
         what = f"{config.get('_class_name')}, {prediction}"
         raise unsupported(folder, f"its scheduler ({what}) is none that PNDM can follow")
-    return PNDMScheduler.from_config(config, skip_prk_steps=True)
+    # other spacings are not multiples of the step by which PNDM goes down
+    return PNDMScheduler.from_config(config, skip_prk_steps=True, timestep_spacing="leading")
+
+
+def load(of_class: Any, place: Path, **options: Any) -> Any:
+    """What lies at `place`, by its class. Raises `UserError` where it is damaged."""
+    try:
+        return of_class.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise all kinds over a damaged file
+        reason = " ".join(str(error).split())[:160]
+        raise damaged(place, f"could not be loaded ({reason})") from None
 
 
 def read_config(folder: Path, file: str) -> dict[str, Any]:
     """A JSON object. Raises `UserError` where the file is missing or holds something else."""
     if not (folder / file).is_file():
-        raise incomplete(folder, file)
+        raise damaged(folder / file, "is missing")
     value = read_json(folder / file)
     if not isinstance(value, dict):
-        raise damaged(folder / file, "it is no JSON object")
+        raise damaged(folder / file, "is no JSON object")
     return value
 
 
-def incomplete(folder: Path, file: str) -> UserError:
-    return UserError(
-        f"{OPTION} {folder} is incomplete: {file} is missing; fetch it again, for instance with "
-        f"`hf download {STABLE_DIFFUSION} --local-dir D`"
-    )
+def damaged(place: Path, what: str) -> UserError:
+    fetch = f"`hf download {STABLE_DIFFUSION} --local-dir D`"
+    return UserError(f"{OPTION}: {place} {what}; fetch it again, for instance with {fetch}")
 
 
 def unsupported(folder: Path, why: str) -> UserError:
     return UserError(f"{OPTION} {folder}: {why}; {SUPPORTED}")
-
-
-def damaged(place: Path, why: Any) -> UserError:
-    reason = " ".join(str(why).split())[:160]
-    return UserError(f"{OPTION}: {place} could not be loaded ({reason}); fetch it again")

@@ -1,5 +1,6 @@
 """The teacher as others use it: its images, and what the shipped one's model card says."""
 
+import itertools
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from safetensors.torch import load_file
 
+from common.errors import UserError
 from common.files import read_json
-from teacher.model import Teacher
+from teacher.model import Teacher, check_steps
+from teacher.pipelines import SCHEDULE
 from teacher.shapes import ASSETS
 
 
@@ -67,6 +71,52 @@ def test_a_teacher_generates_from_each_prompts_own_seed_and_gets_its_unet_back()
     with ThreadPoolExecutor(4) as pool:
         made = pool.map(lambda seed: teacher.generate(("a", "b"), (seed, 6), 7), range(8))
         assert list(made) == [[ord("a"), ord("b")]] * 8
+
+
+def possible(steps, schedule):
+    try:
+        check_steps(schedule.config, steps)
+    except UserError:
+        return False
+    return True
+
+
+def test_possible_steps_begin_at_noise():
+    """By PNDM's own timesteps: what they leave out is a step, and a tenth of all at most."""
+    schedule = PNDMScheduler(**SCHEDULE)
+    for steps in range(1, 1100):
+        schedule.set_timesteps(min(steps, 1000))  # with more, it divides 1000 to nothing
+        first = int(schedule.timesteps[0])
+        wanted = 1 < steps <= 1000 and 900 - 1000 // steps < first < 1000
+        assert possible(steps, schedule) == wanted, steps
+    assert all(possible(steps, schedule) for steps in range(2, 102))
+
+
+@pytest.mark.parametrize(
+    ("steps", "others"),
+    [(1, "2"), (334, "333 or 450"), (501, "500 or 900"), (1000, "999"), (1001, "999")],
+)
+def test_other_numbers_of_steps_are_one_line_before_anything_is_encoded(steps, others):
+    pipe = SimpleNamespace(scheduler=PNDMScheduler(**SCHEDULE))  # which encodes no prompt
+    with pytest.raises(UserError, match=f"--steps {steps} .*choose {others}$"):
+        Teacher("x", pipe, 2.5).generate(["a"], [1], steps)
+
+
+@pytest.mark.parametrize("steps", [*range(2, 101), 300, 333, 500, 999])
+def test_the_true_noise_leads_back_to_the_image(steps):
+    """From the first timestep to the first alpha, whatever steps PNDM puts together."""
+    schedule = PNDMScheduler(**SCHEDULE)
+    schedule.set_timesteps(steps)
+    k, ts = 1000 // steps, schedule.timesteps.tolist()
+    assert ts[-1] == 1 and len(ts) == steps + 1 and ts[1] == ts[2] == ts[0] - k
+    assert {a - b for a, b in itertools.pairwise(ts[2:])} <= {k}
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)
+    x0, noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double()
+    x = abar[ts[0]].sqrt() * x0 + (1 - abar[ts[0]]).sqrt() * noise
+    for t in ts:
+        x = schedule.step(noise, t, x).prev_sample
+    assert torch.allclose(x, abar[0].sqrt() * x0 + (1 - abar[0]).sqrt() * noise, atol=1e-3)
 
 
 def test_the_model_card_states_what_is_shipped():
