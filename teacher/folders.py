@@ -52,6 +52,7 @@ CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {  # pipeline -> its parts -> w
 }
 LIBRARIES = ("diffusers", "transformers", "teacher.parts")  # as model_index.json names them
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+# files of weights on the hub, without other versions such as `non_ema`
 FULL = ("*model.safetensors", "*model-0*.safetensors", "*.safetensors.index.json")
 HALF = ("*model.fp16.safetensors", "*model.fp16-0*.safetensors", "*.safetensors.index.fp16.json")
 LEFT_OUT: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
 
-A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
-asks it for four things: conditions (`conditions.py`), latents, images, and its U-Net.
+A teacher is a Stable Diffusion pipeline of stock diffusers parts (`folders.py`, `pipelines.py`).
+Everything else asks it for four things: conditions (`conditions.py`), latents, images, its U-Net.
 
 The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
 work in fp16, and latents that overflow are refused. SDXL's overflows, and stays fp32 where it says

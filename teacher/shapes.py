@@ -34,11 +34,11 @@ CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside te
     "time_cond_proj_dim": (),
 }
 
-BLOCKS = {  # those whose units are known: ResBlocks, and attention with or without a Transformer
+BLOCKS = (  # those whose units are known: ResBlocks, and attention with or without a Transformer
     *("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
     *("CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D"),
     *("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
-}
+)
 
 
 def text_widths(config: Any) -> tuple[int, int]:
@@ -54,14 +54,17 @@ def text_widths(config: Any) -> tuple[int, int]:
 
 def check_unet(config: dict[str, Any], who: str) -> None:
     """Raises `UserError` for a U-Net with blocks or conditions that are not known here."""
-    blocks = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    blocks = [block for block in (*blocks, config.get("mid_block_type")) if block not in BLOCKS]
+    blocks = [config.get("mid_block_type")]
+    for key in ("down_block_types", "up_block_types"):
+        kinds = config.get(key, [])
+        blocks += kinds if isinstance(kinds, list) else [kinds]
+    unknown = [str(block) for block in blocks if block not in BLOCKS]
     asked = [(key, config[key]) for key in CONDITIONS if config.get(key)]
-    unknown = blocks + [f"{key} {value}" for key, value in asked if value not in CONDITIONS[key]]
+    unknown += [f"{key} {value}" for key, value in asked if value not in CONDITIONS[key]]
     if unknown:
         raise UserError(
-            f"{who}: a U-Net with {', '.join(unknown)} is not supported; it must be conditioned "
-            "on text, and made of the blocks of Stable Diffusion's"
+            f"{who}: a U-Net with {', '.join(unknown)} is not supported; it must be made of "
+            "ResBlocks and Transformers, as Stable Diffusion's, and be conditioned on text"
         )
 
 
@@ -85,8 +88,8 @@ def load_shape(name: str) -> UNet2DConditionModel:
     config = read_json(path)
     if not isinstance(config, dict) or "block_out_channels" not in config:
         raise UserError(f"{path} is not the configuration of a diffusers UNet2DConditionModel")
+    check_unet(config, str(path))
     try:
-        check_unet(config, str(path))
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config).eval()
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

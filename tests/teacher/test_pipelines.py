@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from small_pipelines import (
     LAYOUT_NAMES,
@@ -198,6 +199,71 @@ def test_of_the_hubs_files_those_that_diffusers_takes_must_be_there(
     wanted = load_file(folder / "unet" / UNET)
     for name, weight in found.items():
         assert torch.equal(weight, wanted[name].half().float() if half else wanted[name])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(folder): the folder as the model `some/model` of a hub; gives what was fetched of it."""
+
+    def publish(folder):
+        copy = tmp_path / "copy"
+        copy.mkdir()
+
+        def fetch(name, allow_patterns, ignore_patterns):
+            assert name == "some/model"
+            names = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
+            for name in filter_repo_objects(
+                names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            ):
+                (copy / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, copy / name)
+            return str(copy)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        return copy
+
+    return publish
+
+
+def test_only_what_a_pipeline_needs_is_fetched(folders, tmp_path, hub):
+    """And of two precisions the full one, but for the U-Net, which has none."""
+    folder = tmp_path / "published"
+    shutil.copytree(folders["sd1"], folder)
+    add_half_precision(folder)
+    (folder / "unet" / UNET).unlink()
+    write_json(folder / "teacher.json", {"guidance_scale": 3.5})
+    needed = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    needed -= {
+        f"vae/{UNET}".replace(WEIGHTS, f".fp16{WEIGHTS}"),
+        f"text_encoder/model.fp16{WEIGHTS}",
+    }
+    for name in (
+        "vae/diffusion_pytorch_model.bin",
+        "v1-5.safetensors",
+        "README.md",
+        "unet/x.py",
+        f"safety_checker/{TEXT}",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    fetched = hub(folder)
+    teacher = load_teacher("some/model")
+    assert {str(path.relative_to(fetched)) for path in fetched.rglob("*.*")} == needed
+    assert teacher.guidance_scale == 3.5
+    weights = load_file(folder / "unet" / UNET.replace(WEIGHTS, f".fp16{WEIGHTS}"))
+    for name, weight in teacher.unet.state_dict().items():
+        assert torch.equal(weight, weights[name].float())
+
+
+def test_what_is_not_supported_is_known_before_weights_are_fetched(folders, tmp_path, hub):
+    folder = tmp_path / "published"
+    shutil.copytree(folders["sd2"], folder)
+    edit("unet/config.json", num_class_embeds=10)(folder)
+    fetched = hub(folder)
+    with pytest.raises(UserError, match="num_class_embeds 10"):
+        load_teacher("some/model")
+    assert not list(fetched.rglob(f"*{WEIGHTS}"))
 
 
 @pytest.mark.parametrize("lost", [f"vae/{UNET}", "tokenizer/merges.txt", "unet/config.json"])
