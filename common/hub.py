@@ -64,19 +64,19 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{option} {name} is unknown; give a folder, a hub id, or {otherwise}")
     skip, fetch = [f"{place}/*" for place in ELSEWHERE], huggingface_hub.snapshot_download
-    error_class = UserError
+    refusal: type[UserError] = UserError
     try:
         return Path(fetch(name, allow_patterns=list(files), ignore_patterns=skip))
     except (GatedRepoError, RepositoryNotFoundError):
         why = "the hub has no such model, or `hf auth login` is needed"
     except LocalEntryNotFoundError:
         why = "not in the hub's cache, and no network or HF_HUB_OFFLINE is set"
-        error_class = NotCached
+        refusal = NotCached
     except Exception as error:  # the network's are many
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         why = " ".join(f"{type(error).__name__} {error}".split())[:120]
-    raise error_class(
+    raise refusal(
         f"{option} {name} is no folder here and could not be fetched ({why}): run `hf download "
         f"{name} --local-dir D` where there is a network and give {option} D, or {otherwise}"
     )
