@@ -1,7 +1,7 @@
 """Published models: from a package, a folder, or the hub's cache.
 
-A published model is a folder of JSON and safetensors; code and pickles of a model are neither
-fetched nor read.
+A published model is a folder of JSON and safetensors. Its code is never run, and pickles are never
+read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from common.errors import UserError
 from common.files import read_json
@@ -26,15 +31,16 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 PROMPT_ENCODERS = ("minilm",)  # those that need no download
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-
-TEXTS = (".json", ".model", ".txt")  # configurations and vocabularies
-
+CONTENT = (".safetensors", ".json", ".model", ".txt")  # weights, configurations, vocabularies
+ELSEWHERE = ("onnx", "openvino")  # folders with the same weights for other runtimes
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's fault
 
-ELSEWHERE = ("onnx", "openvino")  # folders with the same weights for other runtimes
+
+# ---- folders and the hub ----
 
 
-# ---- published models ----
+class NotCached(UserError):
+    """A file of a published model is neither in the hub's cache nor can it be fetched now."""
 
 
 def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -> Path:
@@ -47,15 +53,9 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         otherwise: what else the option takes, for messages.
 
     Raises:
-        UserError: there is no such folder, and no such model on this machine or the hub.
+        UserError: there is no such folder, and no such model on this machine or the hub
+            (`NotCached` where the hub was not asked).
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -63,18 +63,20 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         raise UserError(f"{option} {name} is a file; give the model's folder, or {otherwise}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{option} {name} is unknown; give a folder, a hub id, or {otherwise}")
+    skip, fetch = [f"{place}/*" for place in ELSEWHERE], huggingface_hub.snapshot_download
+    refusal: type[UserError] = UserError
     try:
-        skip = [f"{place}/*" for place in ELSEWHERE]
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=skip))
+        return Path(fetch(name, allow_patterns=list(files), ignore_patterns=skip))
     except (GatedRepoError, RepositoryNotFoundError):
         why = "the hub has no such model, or `hf auth login` is needed"
     except LocalEntryNotFoundError:
         why = "not in the hub's cache, and no network or HF_HUB_OFFLINE is set"
+        refusal = NotCached
     except Exception as error:  # the network's are many
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         why = " ".join(f"{type(error).__name__} {error}".split())[:120]
-    raise UserError(
+    raise refusal(
         f"{option} {name} is no folder here and could not be fetched ({why}): run `hf download "
         f"{name} --local-dir D` where there is a network and give {option} D, or {otherwise}"
     )
@@ -108,15 +110,15 @@ def refuse_pickles(folder: Path, option: str) -> None:
 def content_hash(folder: Path) -> str:
     """sha256 of a model's weights, configurations and vocabularies, wherever the folder lies."""
     digest = hashlib.sha256()
-    for path in model_files(folder):
-        if path.suffix in (".safetensors", *TEXTS):
-            digest.update(
-                f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode()
-            )
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+    for path in (path for path in model_files(folder) if path.suffix in CONTENT):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+# ---- packages ----
 
 
 def package_folder(package: str) -> Path:
@@ -143,7 +145,7 @@ def encoder_folder(name: str) -> Path:
     if name in PROMPT_ENCODERS:
         return minilm_folder()
     option = "--prompt-encoder"
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    files = [f"*{ending}" for ending in CONTENT]
     folder = model_folder(name, option, files, f"take {' or '.join(PROMPT_ENCODERS)}")
     refuse_pickles(folder, option)
     modules = folder / "modules.json"
@@ -160,18 +162,14 @@ def encoder_folder(name: str) -> Path:
     return folder
 
 
-def load_sentence_transformer(folder: Path, name: str, device: torch.device | str) -> Any:
+def load_sentence_transformer(folder: Path, name: str, device: Any) -> Any:
     """Raises `UserError` where the folder is damaged, incomplete or of another kind."""
     from sentence_transformers import SentenceTransformer
 
+    options = {"trust_remote_code": False, "local_files_only": True}
+    safely = {"use_safetensors": True}
     try:
-        return SentenceTransformer(
-            str(folder),
-            device=str(device),
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-        )
+        return SentenceTransformer(str(folder), device=str(device), model_kwargs=safely, **options)
     except Exception as error:  # the libraries raise all kinds over a damaged file
         reason = " ".join(str(error).split())[:120]
         raise UserError(

@@ -1,59 +1,176 @@
-"""A folder in the diffusers pipeline layout, checked and read part by part. App. E.1-E.2.
+"""A teacher's pipeline from a folder in the diffusers layout, or the hub. App. E.1-E.2.
 
-Supported are StableDiffusionPipeline (Stable Diffusion 1.x and 2.x, conditioned on text states
-alone, with a CLIP or BERT text encoder) and StableDiffusionXLPipeline (SDXL's base model, with its
-two CLIPs), as safetensors. Each part is loaded by the class named here, so no code of a folder is
-ever run. Everything else is refused before weights are read.
+Supported are Stable Diffusion 1.x and 2.x, conditioned on text states alone, and SDXL's base model,
+as safetensors. diffusers and transformers load each part, by a class that is named here: so no code
+of a folder is run, and a weight that is missing is noticed, which a pipeline's own
+`from_pretrained` does not tell. Images are sampled with PNDM, as in App. E.2, and the folder's
+noise schedule. The safety checker and the watermark are left out, because images are generated for
+measuring.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
 import transformers
-from diffusers import PNDMScheduler
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import UserError
 from common.files import read_json
-from common.hub import STABLE_DIFFUSION, model_folder, refuse_pickles
+from common.hub import STABLE_DIFFUSION, NotCached, model_folder
 from teacher.parts import AutoencoderDC, BertModel
-from teacher.shapes import CONDITIONS, text_widths
+from teacher.shapes import TEACHERS, check_unet, text_widths
+
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 OPTION = "--teacher"
-
+SUPPORTED = "Stable Diffusion 1.x, 2.x and SDXL's base model are supported"
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-
-CLASSES: dict[str, dict[str, tuple[str, ...]]] = {  # of the parts, as model_index.json names them
+CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {  # pipeline -> its parts -> what they may be
     SD: {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL", "AutoencoderDC"),
-        "text_encoder": ("CLIPTextModel", "BertModel"),
+        "unet": (UNet2DConditionModel,),
+        "vae": (AutoencoderKL, AutoencoderDC),
+        "text_encoder": (CLIPTextModel, BertModel),
     },
     SDXL: {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-        "text_encoder": ("CLIPTextModel",),
-        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "unet": (UNet2DConditionModel,),
+        "vae": (AutoencoderKL,),
+        "text_encoder": (CLIPTextModel,),
+        "text_encoder_2": (CLIPTextModelWithProjection,),
     },
 }
+LIBRARIES = ("diffusers", "transformers", "teacher.parts")  # as model_index.json names them
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+# files of weights on the hub, without other versions such as `non_ema`
+FULL = ("*model.safetensors", "*model-0*.safetensors", "*.safetensors.index.json")
+HALF = ("*model.fp16.safetensors", "*model.fp16-0*.safetensors", "*.safetensors.index.fp16.json")
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    SD: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    SDXL: {"add_watermarker": False},
+}
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # the schedules that PNDM knows
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # the tokenizers' names end in the same way
 
-NOTHING = "(nothing)"  # for a class, where there is no such part
+def assemble(kind: str, **parts: Any) -> Pipeline:
+    """A pipeline of the class `kind`, of `SD` or `SDXL`."""
+    # the pipeline would warn that MiniLM is not CLIP, and list the tokens that it cut off
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
+    pipe = getattr(diffusers, kind)(**parts, **LEFT_OUT[kind])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x and SDXL's base model are supported"
+
+def load_folder(name: str, dtype: torch.dtype = torch.float32) -> tuple[Pipeline, dict[str, Any]]:
+    """A pipeline by folder or hub id, and what `teacher.json` beside it says, if there is one.
+
+    Raises `UserError` where it is not there, incomplete, damaged, pickled or not supported.
+    """
+    otherwise = f"take one of: {', '.join(TEACHERS)}"
+
+    def files(*patterns: str) -> Path:
+        return model_folder(name, OPTION, patterns, otherwise)
+
+    configs = [f"{part}/config.json" for part in CLASSES[SDXL]]
+    others = [f"{part}/*" for part in ("scheduler", *TOKENIZERS.values())]
+    folder = files("model_index.json", "teacher.json", *configs, *others)
+    index = read_config(folder, "model_index.json")
+    classes = check_layout(folder, index)
+    kind = index["_class_name"]
+    parts: dict[str, Any] = {"scheduler": load_scheduler(folder)}
+
+    def lacking() -> list[str]:
+        return [part for part in classes if not list((folder / part).glob("*.safetensors"))]
+
+    try:
+        files(*(f"{part}/{file}" for part in classes for file in FULL))
+        if rest := lacking():
+            files(*(f"{part}/{file}" for part in rest for file in HALF))
+    except NotCached:  # fp16 will do
+        if lacking():
+            raise
+    for part, of_class in classes.items():
+        full = part == "vae" and stays_float32(kind, read_config(folder, "vae/config.json"))
+        parts[part] = load_part(folder, part, of_class, torch.float32 if full else dtype)
+        if part in TOKENIZERS:
+            parts[TOKENIZERS[part]] = load_tokenizer(folder, TOKENIZERS[part], parts[part])
+    check_fit(folder, parts)
+    if kind == SDXL:
+        parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
+    settings = read_config(folder, "teacher.json") if (folder / "teacher.json").exists() else {}
+    for key in ("guidance_scale", "resolution"):
+        if not isinstance(settings.get(key, 1), int | float):
+            raise damaged(folder / "teacher.json", f"gives {key} no number")
+    return assemble(kind, **parts), settings
 
 
-def tokenizer_of(text_encoder: str) -> str:
-    return text_encoder.replace("text_encoder", "tokenizer")
+# ---- what a folder says of itself ----
 
 
-def stem_of(part: str) -> str:
-    """The name of a part's weights, without its ending."""
-    return "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+def check_layout(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The classes of the parts that have weights, by the folder's model_index.json.
+
+    Raises `UserError` where the folder is not a whole pipeline of a supported kind.
+    """
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise unsupported(folder, f"it holds a {kind}")
+    classes = {}
+    for part, allowed in CLASSES[kind].items():
+        entry = index.get(part)
+        library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        known = {of_class.__name__: of_class for of_class in allowed}
+        if library not in LIBRARIES or found not in known:
+            what = f"{library}.{found}" if found else "(nothing)"
+            raise unsupported(folder, f"its {part} is a {what}, not a {' or '.join(known)}")
+        classes[part] = known[found]
+        if part in TOKENIZERS:
+            read_config(folder, f"{TOKENIZERS[part]}/tokenizer_config.json")
+    if index.get("image_encoder", [None, None]) != [None, None]:
+        raise unsupported(
+            folder, "it is prompted by images too (image_encoder), as IP adapters are"
+        )
+    unet, vae = (read_config(folder, f"{part}/config.json") for part in ("unet", "vae"))
+    check_unet(unet, f"{OPTION} {folder}")
+    added = unet.get("addition_embed_type")
+    if (added == "text_time") != (kind == SDXL):
+        raise unsupported(folder, f"its U-Net's addition_embed_type is {added}, unlike a {kind}'s")
+    if vae.get("latents_mean"):
+        raise unsupported(folder, "its autoencoder shifts latents (latents_mean)")
+    return classes
+
+
+def check_fit(folder: Path, parts: dict[str, Any]) -> None:
+    """Raises `UserError` where two parts differ in a width, or in the tokens that they know."""
+    unet, latents = parts["unet"].config, parts["vae"].config.latent_channels
+    encoders = {name: parts[name].config for name in TOKENIZERS if name in parts}
+    states, pooled = text_widths(unet)
+    width = sum(encoder.hidden_size for encoder in encoders.values())
+    second = getattr(encoders.get("text_encoder_2"), "projection_dim", 0)
+    pairs = [
+        ("its U-Net's text states", states, "its text encoders give", width),
+        ("its U-Net's pooled text", pooled, "its second text encoder gives", second),
+        ("its U-Net's latents", unet.in_channels, "its autoencoder's are", latents),
+        ("its U-Net's outputs", unet.out_channels, "its autoencoder's latents are", latents),
+    ]
+    for what, wanted, other, given in pairs:
+        if wanted != given:
+            raise unsupported(folder, f"{what} have width {wanted}, and {other} {given}")
+    for name, encoder in encoders.items():
+        last = max(parts[TOKENIZERS[name]].get_vocab().values())
+        if last >= encoder.vocab_size:
+            what = f"its {TOKENIZERS[name]} numbers tokens up to {last}"
+            raise unsupported(folder, f"{what}, and its {name} knows {encoder.vocab_size}")
 
 
 def stays_float32(kind: str, vae: Any) -> bool:
@@ -64,210 +181,68 @@ def stays_float32(kind: str, vae: Any) -> bool:
     return kind == SDXL and bool(vae.get("force_upcast", True))
 
 
-def read_pipeline(
-    name: str, dtype: torch.dtype, otherwise: str
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A pipeline by folder or hub id: its class, its parts, and what `teacher.json` says of it.
+# ---- parts ----
 
-    Args:
-        dtype: of the parts' weights.
-        otherwise: what else the option takes, for messages.
 
-    Raises:
-        UserError: it is not there, incomplete, damaged, pickled, or of an unsupported kind.
-    """
-    texts = ["*.json", "tokenizer/*", "tokenizer_2/*"]
-    folder = model_folder(name, OPTION, texts, otherwise)
-    (kind, classes), scheduler = check_layout(folder), load_scheduler(folder)
-    files = [
-        f"{part}/{stem_of(part)}{end}"
-        for part in classes
-        for end in (".safetensors", "-0*.safetensors")
-    ]
-    folder = model_folder(name, OPTION, [*texts, *files], otherwise)
-    parts: dict[str, Any] = {"scheduler": scheduler}
-    for part, of_class in classes.items():
-        config = read_object(folder / part / "config.json")
-        full = part == "vae" and stays_float32(kind, config)
-        parts[part] = load_part(folder, part, of_class, torch.float32 if full else dtype)
-    for part in classes:
-        if part in TEXT_ENCODERS:
-            parts[tokenizer_of(part)] = load_tokenizer(folder, tokenizer_of(part), parts[part])
-    check_fit(folder, parts)
-    if kind == SDXL:
-        index = read_object(folder / "model_index.json")
-        parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
-    beside = folder / "teacher.json"
-    settings = read_object(beside) if beside.exists() else {}
-    guidance, pixels = settings.get("guidance_scale", 0), settings.get("resolution")
-    if not isinstance(guidance, int | float) or not isinstance(pixels, int | None):
-        raise damaged(beside, "guidance_scale must be a number, resolution a number of pixels")
-    return kind, parts, settings
+def load_part(folder: Path, part: str, of_class: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The U-Net, autoencoder or text encoder in `folder / part`, with all of its weights."""
+    weights = [path.name for path in (folder / part).glob("*.safetensors")]
+    if not weights:
+        raise damaged(folder / part, "holds no safetensors, and pickles are not read")
+    half = all(".fp16" in name for name in weights)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    options["variant"] = "fp16" if half else None
+    # transformers has renamed this option
+    options["dtype" if part in TOKENIZERS else "torch_dtype"] = dtype
+    model, info = load(of_class, folder / part, **options)
+    if lacking := sorted(info["missing_keys"]):
+        raise damaged(folder / part, f"lacks {len(lacking)} weights, such as {lacking[0]}")
+    return model
 
 
 def load_tokenizer(folder: Path, name: str, text_encoder: Any) -> Any:
     """A tokenizer that gives no more tokens than its encoder takes."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder / name, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / name, error) from None
+    tokenizer = load(transformers.AutoTokenizer, folder / name, trust_remote_code=False)
     longest = text_encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 
 
-def check_fit(folder: Path, parts: dict[str, Any]) -> None:
-    """Raises `UserError` where the U-Net and the other parts differ in a width."""
-    unet, latents = parts["unet"].config, parts["vae"].config.latent_channels
-    encoders = [parts[name].config for name in TEXT_ENCODERS if name in parts]
-    states, pooled = text_widths(unet)
-    for what, wanted, given in (
-        ("text states", states, sum(encoder.hidden_size for encoder in encoders)),
-        ("pooled text", pooled, encoders[1].projection_dim if len(encoders) > 1 else 0),
-        ("latents", unet.in_channels, latents),
-        ("outputs", unet.out_channels, latents),
-    ):
-        if wanted != given:
-            raise UserError(
-                f"{OPTION} {folder}: its parts do not fit together: the U-Net's {what} have width "
-                f"{wanted}, the other parts' {given}; {SUPPORTED}"
-            )
-
-
-def check_layout(folder: Path) -> tuple[str, dict[str, str]]:
-    """The pipeline's class, and the classes of the parts that have weights.
-
-    Raises:
-        UserError: the folder is not a whole pipeline of a supported kind.
-    """
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise UserError(
-            f"{OPTION} {folder} is no pipeline: it holds no model_index.json; give a folder that "
-            f"`hf download {STABLE_DIFFUSION} --local-dir D` or pipe.save_pretrained(D) made"
-        )
-    index = read_object(path)
-    kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise UserError(f"{OPTION} {folder} holds a {kind}; {SUPPORTED}")
-    kinds = {}
-    for part, classes in CLASSES[kind].items():
-        kinds[part] = class_in(index, part)
-        if kinds[part] not in classes:
-            raise UserError(
-                f"{OPTION} {folder}: its {part} is a {kinds[part]}, not a "
-                f"{' or '.join(classes)}; {SUPPORTED}"
-            )
-    if class_in(index, "image_encoder") != NOTHING:
-        raise UserError(
-            f"{OPTION} {folder} is prompted by images too (image_encoder), as an IP adapter is; "
-            f"{SUPPORTED}"
-        )
-    files = [f"{part}/config.json" for part in kinds]
-    files += [f"{tokenizer_of(p)}/tokenizer_config.json" for p in kinds if p in TEXT_ENCODERS]
-    for file in (*files, "scheduler/scheduler_config.json"):
-        if not (folder / file).is_file():
-            raise incomplete(folder, file)
-    check_conditions(kind, read_object(folder / "unet" / "config.json"), f"{OPTION} {folder}")
-    if read_object(folder / "vae" / "config.json").get("latents_mean"):
-        raise UserError(
-            f"{OPTION} {folder}: its autoencoder shifts latents (latents_mean); {SUPPORTED}"
-        )
-    return kind, kinds
-
-
-def class_in(index: dict[str, Any], part: str) -> str:
-    """The class of a part by model_index.json; `NOTHING` where there is none."""
-    entry = index.get(part)
-    if isinstance(entry, list) and len(entry) == 2 and entry[1]:
-        return str(entry[1])
-    return NOTHING
-
-
-def check_conditions(kind: str, config: Any, who: str) -> None:
-    """Raises `UserError` for a U-Net that is conditioned on something else than its pipeline has.
-
-    Args:
-        kind: of the pipeline.
-        config: of the U-Net.
-        who: for the message.
-    """
-    wanted = {"addition_embed_type": "text_time"} if kind == SDXL else {}
-    asked = {key: config[key] for key in CONDITIONS if config.get(key)}
-    if asked != wanted:
-        found = ", ".join(f"{key} {value}" for key, value in asked.items()) or "nothing else"
-        needs = "text, pooled text and sizes" if kind == SDXL else "text states alone"
-        raise UserError(
-            f"{who}: its U-Net is conditioned on other things ({found}) than the {needs} of a "
-            f"{kind}; {SUPPORTED}"
-        )
-
-
-def load_part(folder: Path, part: str, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The U-Net, autoencoder or text encoder below `folder`, with all of its weights.
-
-    Weights are taken from the full-precision file, or from the fp16 variant where it is alone.
-    """
-    stem = stem_of(part)
-    variants = {
-        f"{stem}.safetensors": None,
-        f"{stem}.safetensors.index.json": None,
-        f"{stem}.fp16.safetensors": "fp16",
-    }
-    there = [file for file in variants if (folder / part / file).is_file()]
-    if not there:
-        refuse_pickles(folder / part, OPTION)
-        raise incomplete(folder, f"{part}/{stem}.safetensors")
-    is_text = part in TEXT_ENCODERS
-    library = transformers if is_text else diffusers
-    precision: dict[str, Any] = {"dtype" if is_text else "torch_dtype": dtype}
-    own: dict[str, Any] = {"AutoencoderDC": AutoencoderDC, "BertModel": BertModel}
-    try:
-        model, info = (own.get(kind) or getattr(library, kind)).from_pretrained(
-            folder / part,
-            variant=variants[there[0]],
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **precision,
-        )
-    except Exception as error:  # the libraries raise all kinds over a damaged file
-        raise damaged(folder / part, error) from None
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise damaged(folder / part, f"it lacks {len(lacking)} weights, such as {lacking[0]}")
-    return model
-
-
 def load_scheduler(folder: Path) -> PNDMScheduler:
     """PNDM with the folder's noise schedule. Raises `UserError` where PNDM cannot follow it."""
-    config = read_object(folder / "scheduler" / "scheduler_config.json")
+    config = read_config(folder, "scheduler/scheduler_config.json")
     prediction = config.get("prediction_type", "epsilon")
-    known = "beta_schedule" in config and prediction in ("epsilon", "v_prediction")
+    known = config.get("beta_schedule") in BETAS and prediction in ("epsilon", "v_prediction")
     if not known or config.get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"{OPTION} {folder}: its scheduler ({config.get('_class_name')}, {prediction}) is none "
-            f"that PNDM can follow; {SUPPORTED}"
-        )
-    return PNDMScheduler.from_config(config, skip_prk_steps=True)
+        what = f"{config.get('_class_name')}, {prediction}"
+        raise unsupported(folder, f"its scheduler ({what}) is none that PNDM can follow")
+    # other spacings are not multiples of the step by which PNDM goes down
+    return PNDMScheduler.from_config(config, skip_prk_steps=True, timestep_spacing="leading")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
+def load(of_class: Any, place: Path, **options: Any) -> Any:
+    """What lies at `place`, by its class. Raises `UserError` where it is damaged."""
+    try:
+        return of_class.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise all kinds over a damaged file
+        reason = " ".join(str(error).split())[:160]
+        raise damaged(place, f"could not be loaded ({reason})") from None
+
+
+def read_config(folder: Path, file: str) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` where the file is missing or holds something else."""
+    if not (folder / file).is_file():
+        raise damaged(folder / file, "is missing")
+    value = read_json(folder / file)
     if not isinstance(value, dict):
-        raise damaged(path, "it is no JSON object")
+        raise damaged(folder / file, "is no JSON object")
     return value
 
 
-def incomplete(folder: Path, file: str) -> UserError:
-    return UserError(
-        f"{OPTION} {folder} is incomplete: {file} is missing; fetch it again, for instance with "
-        f"`hf download {STABLE_DIFFUSION} --local-dir D`"
-    )
+def damaged(place: Path, what: str) -> UserError:
+    fetch = f"`hf download {STABLE_DIFFUSION} --local-dir D`"
+    return UserError(f"{OPTION}: {place} {what}; fetch it again, for instance with {fetch}")
 
 
-def damaged(place: Path, why: Any) -> UserError:
-    reason = " ".join(str(why).split())[:160]
-    return UserError(f"{OPTION}: {place} could not be loaded ({reason}); fetch it again")
+def unsupported(folder: Path, why: str) -> UserError:
+    return UserError(f"{OPTION} {folder}: {why}; {SUPPORTED}")

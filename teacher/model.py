@@ -1,7 +1,7 @@
 """The teacher: the text-to-image pipeline that is pruned, and distilled from. Sec. 3.1.
 
-A teacher is a Stable Diffusion pipeline of stock diffusers parts (`pipelines.py`); everything else
-asks it for four things: conditions (`conditions.py`), latents, images, and its U-Net.
+A teacher is a Stable Diffusion pipeline of stock diffusers parts (`folders.py`, `pipelines.py`).
+Everything else asks it for four things: conditions (`conditions.py`), latents, images, its U-Net.
 
 The whole pipeline is in one precision, the autoencoder too: those of Stable Diffusion 1.x and 2.x
 work in fp16, and latents that overflow are refused. SDXL's overflows, and stays fp32 where it says
@@ -11,6 +11,7 @@ so. Latents and targets stay fp32.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,22 +28,16 @@ from common.errors import UserError
 from common.hub import lasting_name
 from common.ranges import check_choice
 from teacher.conditions import TIME_IDS, Conditions
-from teacher.folders import TEXT_ENCODERS, stays_float32
-from teacher.pipelines import (
-    GUIDANCE,
-    RANDOM,
-    Pipeline,
-    load_folder,
-    load_pocket,
-    random_pipeline,
-)
-from teacher.shapes import ASSETS, text_widths
+from teacher.folders import SD, SDXL, TOKENIZERS, Pipeline, load_folder, stays_float32
+from teacher.pipelines import load_pocket, random_pipeline
+from teacher.shapes import ASSETS, PIXELS, RANDOM, text_widths
 
 TEXTS = threading.Lock()  # a tokenizer keeps its last call's padding: one call at a time
 ENCODED = (  # what a pipeline's `encode_prompt` gives, the last two with SDXL
     *("prompt_embeds", "negative_prompt_embeds"),
     *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 )
+GUIDANCE = {SD: 7.5, SDXL: 5.0}  # App. E.2; diffusers' own for SDXL
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -178,7 +173,11 @@ class Teacher:
             steps: of denoising.
             guidance: scale of classifier-free guidance; the teacher's own if absent.
             unet: an expert to use instead of the teacher's U-Net.
+
+        Raises:
+            UserError: its scheduler cannot take this number of steps.
         """
+        check_steps(self.pipe.scheduler.config, steps)
         pipe = copy.copy(self.pipe)  # a scheduler keeps its last steps: each call needs its own
         pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
         pipe.unet = self.pipe.unet if unet is None else unet
@@ -206,7 +205,7 @@ class Teacher:
 
 def parts_of(pipe: Pipeline) -> dict[str, nn.Module]:
     """The parts of a pipeline that have weights, by name."""
-    names = ("unet", "vae", *TEXT_ENCODERS)
+    names = ("unet", "vae", *TOKENIZERS)
     return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
 
 
@@ -255,14 +254,47 @@ def load_teacher(
 
 def choose_pixels(pipe: Pipeline, usual: int | None, wanted: int | None) -> int:
     """Pixels a side: `wanted`, or `usual`, or the U-Net's own. Raises `UserError`."""
-    factor, size = pipe.vae_scale_factor, pipe.unet.config.sample_size
-    own = size * factor if isinstance(size, int) else None
-    pixels = next((value for value in (wanted, usual, own) if value is not None), None)
+    factor, size = int(pipe.vae_scale_factor), pipe.unet.config.sample_size
+    named = {f"--resolution {wanted}": wanted, f"its teacher.json's resolution {usual}": usual}
+    if isinstance(size, int):
+        product = f"its U-Net's sample_size {size} times its autoencoder's factor {factor}"
+        named[product] = size * factor
+    what, pixels = next(((k, v) for k, v in named.items() if v is not None), ("", None))
     if pixels is None:
-        raise UserError("this teacher states no size of its own; give --resolution, such as 512")
-    if pixels < factor or pixels % factor:
-        raise UserError(f"--resolution {pixels} is not a multiple of {factor}; try {32 * factor}")
-    return int(pixels)
+        raise UserError(
+            f"this teacher states no size of its own (its U-Net's sample_size is {size}); give "
+            f"--resolution, such as 512"
+        )
+    step = math.lcm(PIXELS, factor)  # diffusers' pipelines take multiples of 8 alone
+    if pixels < step or pixels % step:
+        near = max(step, pixels // step * step)
+        raise UserError(f"{what} is not a multiple of {step} pixels; give --resolution {near}")
+    return pixels
+
+
+def check_steps(schedule: Any, steps: int) -> None:
+    """Raises `UserError` where PNDM's steps would not lead from noise to an image.
+
+    They visit every k-th of T timesteps, k = T // steps, from the last down to the first. So the
+    noisiest T % steps are left out; that they are a tenth at most is what 10 steps come to anyway,
+    which begin at T - T / 10.
+
+    Args:
+        schedule: configuration of the teacher's PNDM scheduler.
+    """
+    T = schedule.num_train_timesteps
+
+    def possible(n: int) -> bool:
+        first = (n - 1) * (T // n) + schedule.steps_offset
+        return n > 1 and first < T and T % n <= T // 10
+
+    if not possible(steps):
+        near = [n for n in range(2, T + 1) if possible(n)]
+        near = [*[n for n in near if n < steps][-1:], *[n for n in near if n > steps][:1]]
+        raise UserError(
+            f"--steps {steps} does not fit the teacher's {T} timesteps: its scheduler (PNDM) would "
+            f"not begin at noise; choose {' or '.join(map(str, near))}"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ POCKET_TOKENS = 20  # of the pocket teacher's text states: 99.9 % of the emoji c
 
 CLIP_TOKENS = 77  # of every Stable Diffusion's
 
+RANDOM = "-random"
+TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random", "sdxl-random")  # no files
+
 CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside text states
     "addition_embed_type": ("text_time",),
     "class_embed_type": (),
@@ -30,6 +33,12 @@ CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside te
     "num_class_embeds": (),
     "time_cond_proj_dim": (),
 }
+
+BLOCKS = (  # those whose units are known: ResBlocks, and attention with or without a Transformer
+    *("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
+    *("CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D"),
+    *("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+)
 
 
 def text_widths(config: Any) -> tuple[int, int]:
@@ -41,6 +50,22 @@ def text_widths(config: Any) -> tuple[int, int]:
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return config.cross_attention_dim, pooled
+
+
+def check_unet(config: dict[str, Any], who: str) -> None:
+    """Raises `UserError` for a U-Net with blocks or conditions that are not known here."""
+    blocks = [config.get("mid_block_type")]
+    for key in ("down_block_types", "up_block_types"):
+        kinds = config.get(key, [])
+        blocks += kinds if isinstance(kinds, list) else [kinds]
+    unknown = [str(block) for block in blocks if block not in BLOCKS]
+    asked = [(key, config[key]) for key in CONDITIONS if config.get(key)]
+    unknown += [f"{key} {value}" for key, value in asked if value not in CONDITIONS[key]]
+    if unknown:
+        raise UserError(
+            f"{who}: a U-Net with {', '.join(unknown)} is not supported; it must be made of "
+            "ResBlocks and Transformers, as Stable Diffusion's, and be conditioned on text"
+        )
 
 
 def load_shape(name: str) -> UNet2DConditionModel:
@@ -63,11 +88,7 @@ def load_shape(name: str) -> UNet2DConditionModel:
     config = read_json(path)
     if not isinstance(config, dict) or "block_out_channels" not in config:
         raise UserError(f"{path} is not the configuration of a diffusers UNet2DConditionModel")
-    for key, value in ((key, config.get(key)) for key in CONDITIONS):
-        if value and value not in CONDITIONS[key]:
-            raise UserError(
-                f"{path}: {key} {value} is not supported; it must be conditioned on text"
-            )
+    check_unet(config, str(path))
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config).eval()

@@ -1,7 +1,10 @@
 """Tiny Stable Diffusions in the published layouts: random weights, a tokenizer of letters."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import LAYOUTS
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -107,3 +110,30 @@ def write_pipeline(folder: Path, layout: str) -> Path:
         }
     write_json(folder / "model_index.json", index)
     return folder
+
+
+def add_half_precision(folder: Path) -> None:
+    """An fp16 variant beside each file of weights."""
+    for file in folder.glob("*/*.safetensors"):
+        states = {name: state.half() for name, state in load_file(file).items()}
+        save_file(states, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+
+
+def put_in_hub_cache(folder: Path, cache: Path, name: str, here: Callable[[str], bool]) -> None:
+    """A folder as the hub's copy of a model, of which some files were not fetched.
+
+    Args:
+        here: whether a file, by its path in the folder, was fetched.
+    """
+    trees = pytest.importorskip("huggingface_hub._tree_cache")
+    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    listing = {name: trees.TreeCacheEntry(path.stat().st_size, "0") for name, path in names.items()}
+    trees.write_tree_cache(str(repository), commit, listing)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for name in filter(here, names):
+        place = repository / "snapshots" / commit / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(names[name], place)

@@ -14,22 +14,28 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from small_pipelines import LAYOUT_NAMES, write_pipeline
+from small_pipelines import (
+    LAYOUT_NAMES,
+    add_half_precision,
+    put_in_hub_cache,
+    write_pipeline,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from common.hub import STABLE_DIFFUSION
 from common.randomness import step_generator
 from teacher import parts, pipelines
 from teacher.conditions import Conditions
+from teacher.folders import load_folder
 from teacher.model import add_noise, load_teacher
-from teacher.pipelines import TEACHERS, random_pipeline
-from teacher.pocket.autoencoder import VAE_CONFIG
-from teacher.pocket.pretrain import SCHEDULER_CONFIG, UNET_CONFIG
-from teacher.shapes import ASSETS, load_shape
+from teacher.pipelines import random_pipeline
+from teacher.shapes import ASSETS, TEACHERS, load_shape
 
+UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 PROMPTS = ["a giraffe", "Two BROWN dogs, one with a red ball! " * 9, ""]
 
 
@@ -83,6 +89,17 @@ def test_text_states_are_clips_own(folders, tmp_path):
     assert torch.equal(load_teacher(str(folder)).conditions(PROMPTS).text, states)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_timesteps_are_those_that_pndm_can_follow(folders, tmp_path, spacing):
+    """Its step is always 1000 // 30; other spacings would leave noise."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["sd2"], folder)
+    edit("scheduler/scheduler_config.json", timestep_spacing=spacing)(folder)
+    scheduler = load_teacher(str(folder)).pipe.scheduler
+    scheduler.set_timesteps(30)
+    assert scheduler.timesteps[2:].tolist() == list(range(1 + 28 * 33, 0, -33))
+
+
 @pytest.mark.parametrize("layout", ["sd1", "sd2"])
 def test_the_target_is_what_the_folder_was_trained_to_predict(folders, layout):
     """From the definitions: x_0 of the noise (SD 1), or of the velocity (SD 2)."""
@@ -119,7 +136,7 @@ def test_the_pocket_teacher_saved_as_a_plain_folder_is_the_same_teacher(tmp_path
     assert load_teacher(str(tmp_path), resolution=128).latent_size == 16
 
 
-def test_weights_in_shards_and_in_the_fp16_variant(folders, tmp_path):
+def test_weights_in_shards(folders, tmp_path):
     stock = UNet2DConditionModel.from_pretrained(folders["sd2"] / "unet")
     folder = tmp_path / "sharded"
     shutil.copytree(folders["sd2"], folder)
@@ -129,13 +146,133 @@ def test_weights_in_shards_and_in_the_fp16_variant(folders, tmp_path):
     for name, weight in load_teacher(str(folder)).unet.state_dict().items():
         assert torch.equal(weight, stock.state_dict()[name])
 
-    folder = tmp_path / "half"
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_fp16_weights_are_taken_where_they_are_alone(folders, tmp_path, shards):
+    folder = tmp_path / "teacher"
     shutil.copytree(folders["sd2"], folder)
-    for file in (folder / "unet").glob("*.safetensors"):
-        file.unlink()
-    stock.half().save_pretrained(folder / "unet", variant="fp16")
-    for name, weight in load_teacher(str(folder)).unet.state_dict().items():
-        assert torch.equal(weight, stock.state_dict()[name].float())
+    size = {"max_shard_size": "20KB"} if shards else {}
+    stock = {
+        "unet": UNet2DConditionModel.from_pretrained(folders["sd2"] / "unet").half(),
+        "text_encoder": CLIPTextModel.from_pretrained(folders["sd2"] / "text_encoder").half(),
+    }
+    for part, model in stock.items():
+        for file in (folder / part).glob("*.safetensors"):
+            file.unlink()
+        model.save_pretrained(folder / part, variant="fp16", **size)
+        assert (len(list((folder / part).glob("*.fp16*.safetensors"))) > 1) == shards
+    teacher = load_teacher(str(folder))
+    for part, model in stock.items():
+        states = getattr(teacher.pipe, part).state_dict()
+        for name, weight in model.state_dict().items():
+            assert torch.equal(states[name], weight.float()), name
+
+
+WEIGHTS = ".safetensors"
+
+
+@pytest.mark.parametrize(
+    ("here", "half"),
+    [
+        (lambda name: ".fp16" not in name, False),
+        (lambda name: not name.endswith(WEIGHTS) or name.endswith(f".fp16{WEIGHTS}"), True),
+        (lambda name: "unet" not in name or f"el{WEIGHTS}" not in name, True),
+        (lambda name: True, False),
+    ],
+    ids=["full", "fp16", "fp16 of the U-Net", "both"],
+)
+def test_of_the_hubs_files_those_that_diffusers_takes_must_be_there(
+    folders, tmp_path, monkeypatch, here, half
+):
+    """Without other versions of a part, single files and a safety checker, listed on the hub."""
+    folder, cache = tmp_path / "published", tmp_path / "cache"
+    shutil.copytree(folders["sdxl"], folder)
+    add_half_precision(folder)
+    others = ("vae_1_0/config.json", f"vae_1_0/{UNET}", "sd_xl_base_1.0.safetensors")
+    others += (f"safety_checker/{TEXT}", "vae_decoder/model.onnx", "unet/openvino_model.xml")
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    put_in_hub_cache(folder, cache, "some/xl", lambda name: here(name) and name not in others)
+    found = load_teacher("some/xl").unet.state_dict()
+    wanted = load_file(folder / "unet" / UNET)
+    for name, weight in found.items():
+        assert torch.equal(weight, wanted[name].half().float() if half else wanted[name])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(folder): the folder as the model `some/model` of a hub; gives what was fetched of it."""
+
+    def publish(folder):
+        copy = tmp_path / "copy"
+        copy.mkdir()
+
+        def fetch(name, allow_patterns, ignore_patterns):
+            assert name == "some/model"
+            names = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
+            for name in filter_repo_objects(
+                names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            ):
+                (copy / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, copy / name)
+            return str(copy)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        return copy
+
+    return publish
+
+
+def test_only_what_a_pipeline_needs_is_fetched(folders, tmp_path, hub):
+    """And of two precisions the full one, but for the U-Net, which has none."""
+    folder = tmp_path / "published"
+    shutil.copytree(folders["sd1"], folder)
+    add_half_precision(folder)
+    (folder / "unet" / UNET).unlink()
+    write_json(folder / "teacher.json", {"guidance_scale": 3.5})
+    needed = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    needed -= {
+        f"vae/{UNET}".replace(WEIGHTS, f".fp16{WEIGHTS}"),
+        f"text_encoder/model.fp16{WEIGHTS}",
+    }
+    for name in (
+        "vae/diffusion_pytorch_model.bin",
+        "v1-5.safetensors",
+        "README.md",
+        "unet/x.py",
+        f"safety_checker/{TEXT}",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    fetched = hub(folder)
+    teacher = load_teacher("some/model")
+    assert {str(path.relative_to(fetched)) for path in fetched.rglob("*.*")} == needed
+    assert teacher.guidance_scale == 3.5
+    weights = load_file(folder / "unet" / UNET.replace(WEIGHTS, f".fp16{WEIGHTS}"))
+    for name, weight in teacher.unet.state_dict().items():
+        assert torch.equal(weight, weights[name].float())
+
+
+def test_what_is_not_supported_is_known_before_weights_are_fetched(folders, tmp_path, hub):
+    folder = tmp_path / "published"
+    shutil.copytree(folders["sd2"], folder)
+    edit("unet/config.json", num_class_embeds=10)(folder)
+    fetched = hub(folder)
+    with pytest.raises(UserError, match="num_class_embeds 10"):
+        load_teacher("some/model")
+    assert not list(fetched.rglob(f"*{WEIGHTS}"))
+
+
+@pytest.mark.parametrize("lost", [f"vae/{UNET}", "tokenizer/merges.txt", "unet/config.json"])
+def test_what_is_not_in_the_hubs_cache_is_one_line(folders, tmp_path, monkeypatch, lost):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    put_in_hub_cache(folders["sd1"], tmp_path, "some/model", lambda name: name != lost)
+    with pytest.raises(UserError, match=r"some/model .*cache.*hf download some/model") as caught:
+        load_teacher("some/model")
+    assert "\n" not in str(caught.value)
 
 
 # ---- what is refused ----
@@ -177,7 +314,6 @@ def lose_a_weight(part, file):
     return lose
 
 
-UNET, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 FAULTS = {
     "no index": (remove("model_index.json"), "model_index.json.*hf download"),
     "index no JSON": (write("model_index.json", "{"), "model_index.json"),
@@ -210,9 +346,9 @@ FAULTS = {
     "no U-Net's config": (remove("unet/config.json"), "unet/config.json is missing.*hf download"),
     "no tokenizer": (remove("tokenizer/tokenizer_config.json"), "tokenizer_config.json is missing"),
     "no scheduler": (remove("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
-    "no weights": (remove(f"unet/{UNET}"), f"unet/{UNET} is missing"),
-    "no text weights": (remove(f"text_encoder/{TEXT}"), f"text_encoder/{TEXT} is missing"),
-    "pickled": (pickle, "diffusion_pytorch_model.bin is a pickle.*safetensors"),
+    "no weights": (remove(f"unet/{UNET}"), "unet holds no safetensors"),
+    "no text weights": (remove(f"text_encoder/{TEXT}"), "text_encoder holds no safetensors"),
+    "pickled": (pickle, "unet holds no safetensors, and pickles are not read"),
     "U-Net cut short": (truncate(f"unet/{UNET}"), "unet could not be loaded"),
     "VAE cut short": (truncate(f"vae/{UNET}"), "vae could not be loaded"),
     "text cut short": (truncate(f"text_encoder/{TEXT}"), "text_encoder could not be loaded"),
@@ -244,14 +380,82 @@ def test_what_is_wrong_with_a_folder_is_one_line(folders, tmp_path, fault):
     assert "\n" not in line and len(line) < 600 and str(folder) in line
 
 
-def test_parts_that_do_not_fit_together(folders, tmp_path):
+def remake_unet(**changes):
+    def remake(folder):
+        shutil.rmtree(folder / "unet")
+        UNet2DConditionModel(**LAYOUTS["sd2"] | changes).save_pretrained(folder / "unet")
+
+    return remake
+
+
+def more_tokens(folder):
+    vocabulary = read_json(folder / "tokenizer" / "vocab.json")
+    more = {f"word{number}": number for number in range(len(vocabulary), 301)}
+    write_json(folder / "tokenizer" / "vocab.json", vocabulary | more)
+
+
+def simple_attention(where):
+    blocks = {
+        "down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "SimpleCrossAttnUpBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    }
+    return remake_unet(**{where: blocks[where]})
+
+
+MISFITS = {
+    "text": (
+        remake_unet(cross_attention_dim=24),
+        "its U-Net's text states have width 24, and its text encoders give 16",
+    ),
+    "latents": (
+        remake_unet(in_channels=9),
+        "its U-Net's latents .* 9, and its autoencoder's are 4",
+    ),
+    "tokens": (more_tokens, "tokenizer numbers tokens up to 300, and its text_encoder knows 300"),
+    "down": (simple_attention("down_block_types"), "SimpleCrossAttnDownBlock2D"),
+    "middle": (simple_attention("mid_block_type"), "UNetMidBlock2DSimpleCrossAttn"),
+    "up": (simple_attention("up_block_types"), "SimpleCrossAttnUpBlock2D"),
+    "no size": (edit("unet/config.json", sample_size=None), "sample_size is None.*--resolution"),
+    "sizes": (edit("unet/config.json", sample_size=[8, 8]), r"sample_size is .8, 8.*--resolution"),
+    "factor": (
+        edit("unet/config.json", sample_size=6),
+        "U-Net's sample_size 6 times its autoencoder's factor 2 is not a multiple of 8",
+    ),
+    "usual": (
+        write("teacher.json", '{"resolution": 20}'),
+        "teacher.json's resolution 20 is not a multiple of 8 pixels; give --resolution 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_parts_that_do_not_fit_together_are_both_named_in_one_line(folders, tmp_path, misfit):
     folder = tmp_path / "teacher"
     shutil.copytree(folders["sd2"], folder)
-    shutil.rmtree(folder / "unet")
-    wider = LAYOUTS["sd2"] | {"cross_attention_dim": 24}
-    UNet2DConditionModel(**wider).save_pretrained(folder / "unet")
-    with pytest.raises(UserError, match="text states have width 24, the other parts' 16"):
+    spoil, message = MISFITS[misfit]
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
         load_teacher(str(folder))
+    assert "\n" not in str(caught.value)
+    if "--resolution" in str(caught.value):
+        assert load_teacher(str(folder), resolution=16).latent_size == 8
+
+
+def test_code_of_a_folder_is_not_run(folders, tmp_path):
+    """Neither a module beside a part, nor one that a configuration names."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(folders["sd2"], folder)
+    for part in ("unet", "text_encoder", "tokenizer"):
+        (folder / part / "mine.py").write_text("raise SystemExit('code of the folder was run')")
+        file = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+        mapped = {"AutoModel": "mine.Mine", "AutoTokenizer": ["mine.Mine", "mine.Mine"]}
+        edit(f"{part}/{file}", auto_map=mapped)(folder)
+    load_teacher(str(folder))
+    for entry in (["mine", "UNet2DConditionModel"], ["diffusers", "Mine"]):
+        edit("model_index.json", unet=entry)(folder)
+        with pytest.raises(UserError, match=f"its unet is a {'.'.join(entry)}, not a UNet2D"):
+            load_teacher(str(folder))
 
 
 def test_what_is_not_here_says_how_to_get_it(tmp_path):
@@ -279,7 +483,7 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(folders, tmp_path,
     there = load_teacher(str(folders["sd2"]))
     assert torch.equal(teacher.conditions(PROMPTS).text, there.conditions(PROMPTS).text)
     (repository / "snapshots" / commit / "vae" / UNET).unlink()
-    with pytest.raises(UserError, match=r"some/diffusion|vae/diffusion"):
+    with pytest.raises(UserError, match="vae holds no safetensors"):
         load_teacher("some/diffusion")
 
 
@@ -365,8 +569,8 @@ def test_an_autoencoder_that_overflows_is_refused(folders):
 
 
 def test_sizes_and_precisions_that_cannot_be(folders, tmp_path):
-    for resolution in (-2, 0, 1, 33):
-        with pytest.raises(UserError, match=f"--resolution {resolution} .*multiple of 2"):
+    for resolution in (-2, 0, 1, 10, 33):
+        with pytest.raises(UserError, match=f"--resolution {resolution} .*multiple of 8"):
             load_teacher(str(folders["sd2"]), resolution=resolution)
     with pytest.raises(UserError, match=r"--precision int8.*bf16"):
         load_teacher(str(folders["sd2"]), precision="int8")
@@ -382,13 +586,17 @@ def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(t
     from diffusers import AutoencoderDC
 
     torch.manual_seed(0)
-    vae = parts.AutoencoderDC(**VAE_CONFIG).eval()
-    stock = AutoencoderDC(**VAE_CONFIG).eval()
+    pocket = ASSETS / "pocket"
+    vae = parts.AutoencoderDC.from_config(read_json(pocket / "vae" / "config.json")).eval()
+    stock = AutoencoderDC.from_config(read_json(pocket / "vae" / "config.json")).eval()
     stock.load_state_dict(vae.state_dict())
-    unet = UNet2DConditionModel(**UNET_CONFIG | {"block_out_channels": (32, 32, 32)})
-    pipe = pipelines.pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
+    narrow = {"block_out_channels": (32, 32, 32)}
+    config = read_json(pocket / "unet" / "config.json") | narrow
+    unet = UNet2DConditionModel.from_config(config)
+    scheduler = PNDMScheduler.from_config(pocket / "scheduler")
+    pipe = pipelines.pocket_pipeline(vae, unet, scheduler)
     pipe.save_pretrained(tmp_path)
-    loaded, _ = pipelines.load_folder(str(tmp_path))
+    loaded, _ = load_folder(str(tmp_path))
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         latents = stock.encode(images).latent

@@ -167,13 +167,16 @@ FAULTS = {
     "refiner": (index(_class_name="StableDiffusionXLImg2ImgPipeline"), "XLImg2ImgPipeline; .*base"),
     "refiner's parts": (index(text_encoder=[None, None]), r"text_encoder is a \(nothing\)"),
     "inpainting": (index(_class_name="StableDiffusionXLInpaintPipeline"), "Inpaint"),
-    "inpainting U-Net": (nine_channels, "latents have width 9, the other parts' 4"),
+    "inpainting U-Net": (nine_channels, "latents have width 9, and its autoencoder's are 4"),
     "IP adapter": (unet(encoder_hid_dim_type="ip_image_proj"), "ip_image_proj"),
     "image encoder": (
         index(image_encoder=["transformers", "CLIPVisionModelWithProjection"]),
         "image_encoder.*IP adapter",
     ),
-    "text alone": (unet(addition_embed_type=None), r"nothing else.*pooled text and sizes"),
+    "text alone": (
+        unet(addition_embed_type=None),
+        "addition_embed_type is None, unlike a StableDiffusionXLPipeline",
+    ),
     "distilled guidance": (unet(time_cond_proj_dim=256), "time_cond_proj_dim 256"),
     "one CLIP": (index(text_encoder_2=[None, None]), "text_encoder_2"),
     "other CLIP": (
@@ -184,7 +187,10 @@ FAULTS = {
         lambda place: shutil.rmtree(place / "tokenizer_2"),
         "tokenizer_2/tokenizer_config.json is missing",
     ),
-    "pooled text": (narrow_pooled, "pooled text have width 12, the other parts' 16"),
+    "pooled text": (
+        narrow_pooled,
+        "pooled text have width 12, and its second text encoder gives 16",
+    ),
     "shifted latents": (
         lambda place: edit(place / "vae" / "config.json", latents_mean=[0.1] * 4),
         "latents_mean",

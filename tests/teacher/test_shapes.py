@@ -68,6 +68,9 @@ def test_a_folder_with_a_unet_or_a_pipeline_will_do(tmp_path):
         '{"block_out_channels": 3}',
         '{"block_out_channels": [30, 60]}',
         '{"block_out_channels": [32], "down_block_types": ["NoSuchBlock"]}',
+        '{"block_out_channels": [32], "down_block_types": 3}',
+        '{"block_out_channels": [32], "up_block_types": [{}]}',
+        '{"block_out_channels": [32], "down_block_types": ["SimpleCrossAttnDownBlock2D"]}',
     ],
 )
 def test_what_is_no_configuration_is_refused_by_name(tmp_path, text):
