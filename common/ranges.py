@@ -74,27 +74,6 @@ RANGES = {
     "limit": COUNT,
     "save_every": COUNT,
     "seed": SEED,
-    # the pocket teacher's training and card
-    "vae_steps": COUNT,
-    "vae_batch_size": COUNT,
-    "vae_lr": POSITIVE,
-    "unet_steps": COUNT,
-    "unet_batch_size": COUNT,
-    "unet_lr": POSITIVE,
-    "noisy_share": SHARE,
-    "text_noise": WEIGHT,
-    "sentence_share": SHARE,
-    "guidance_scale": WEIGHT,
-    "vae_ema_decay": SHARE,
-    "unet_ema_decay": SHARE,
-    "latent_noise": WEIGHT,
-    "moment_weight": WEIGHT,
-    "edge_weight": WEIGHT,
-    "square_weight": WEIGHT,
-    "train_images": IMAGES,
-    "validation_images": IMAGES,
-    "trial_images": IMAGES,
-    "guidances": WEIGHT,
 }
 
 

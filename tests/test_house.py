@@ -9,20 +9,19 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms that it may import
     "common": set(),
     "targets": {"common"},
     "teacher": {"common", "targets"},
-    "teacher.pocket": {"common", "targets", "teacher", "evaluation"},
     "evaluation": {"common", "targets", "teacher"},
 }
 TOP = {path.stem for path in ROOT.glob("*.py")}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
-    for folder in ("*.py", *(f"{room}/**/*.py" for room in ROOMS if "." not in room))
+    for folder in ("*.py", *(f"{room}/**/*.py" for room in ROOMS))
     for path in ROOT.glob(folder)
 }
 
 
 def room_of(name: str) -> str:
     """The room of a dotted name; a top-level module is its own."""
-    return "teacher.pocket" if name.startswith("teacher.pocket") else name.partition(".")[0]
+    return name.partition(".")[0]
 
 
 def arrows(source: str) -> set[str]:

@@ -25,7 +25,6 @@ from common.ranges import RANGES, check_ranges
 from common.runs import NEEDED
 from settings import AS_PRINTED, FINETUNING, PRESETS, PRINTED, PRUNING, Finetuning, Pruning
 from targets import __main__ as describe
-from teacher.pocket import model_card, pretrain
 
 CONFIGS: dict[Any, Any] = {  # a script's module -> its configuration
     train: Pruning,
@@ -34,16 +33,12 @@ CONFIGS: dict[Any, Any] = {  # a script's module -> its configuration
     evaluate: evaluate.Config,
     prune_unet: plan.Table,
     describe: describe.Config,
-    pretrain: pretrain.Config,
-    model_card: model_card.Config,
 }
 ANY = {"open_logit"}
 MAY_BE_ZERO = ANY | {
     "warmup_steps", "transport_rows", "lr_warmup", "lr_decay", "predictor_rate", "weight_decay",
     "lambda_distill", "block_weight", "lambda_res", "lambda_cont", "caption_dropout", "seed",
-    "expert", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
-    "noisy_share", "text_noise", "sentence_share", "latent_noise", "moment_weight", "edge_weight",
-    "square_weight", "vae_ema_decay", "unet_ema_decay",
+    "expert", "alpha_ddpm", "alpha_distill", "guidance",
 }  # fmt: skip
 HUGE = 2**70
 
@@ -77,7 +72,6 @@ def test_numbers_are_found_in_every_kind_of_field():
     found = numbers(Pruning)
     assert found["budget"] is float and found["lr"] is float and found["limit"] is int
     assert not {"target", "hold_budget", "out"} & found.keys()
-    assert numbers(model_card.Config)["guidances"] is float
     assert all(is_dataclass(config) for config in CONFIGS.values())
 
 
@@ -91,15 +85,14 @@ def test_ranges_refuse_what_cannot_be(config):
     check_ranges(config())
     for name, kind in numbers(config).items():
         for value in bad_values(name, kind):
-            given = (3.0, value) if name == "guidances" else value
             with pytest.raises(UserError) as refused:
-                check_ranges(replace(config(), **{name: given}))
+                check_ranges(replace(config(), **{name: value}))
             message = str(refused.value)
             assert message.startswith(f"--{name.replace('_', '-')} ") and "choose " in message
             assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", sorted(MAY_BE_ZERO - {"guidances"}))
+@pytest.mark.parametrize("name", sorted(MAY_BE_ZERO))
 def test_ranges_allow_what_can_be(name):
     config = next(config for config in CONFIGS.values() if name in numbers(config))
     check_ranges(replace(config(), **{name: 0}))
@@ -134,8 +127,6 @@ def script(monkeypatch, tmp_path, capsys):
         (finetune, "load_teacher"),
         (sample.APTPPipeline, "from_pretrained"),
         (evaluate, "prepare"),
-        (pretrain, "load_target"),
-        (model_card, "load_teacher"),
     ):
         monkeypatch.setattr(module, name, loaded)
     monkeypatch.chdir(tmp_path)
@@ -191,7 +182,7 @@ def test_no_number_at_all_is_refused_too(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", [train, sample, pretrain, model_card], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [train, sample], ids=lambda m: m.__name__)
 def test_a_folder_that_cannot_be_written_is_refused_at_once(module, script, tmp_path):
     given = arguments_of(module, tmp_path)
     given = given[: given.index("--out")]

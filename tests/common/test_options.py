@@ -20,8 +20,6 @@ SCRIPTS = {  # module -> its configuration
     "sample": None,
     "evaluate": None,
     "targets.__main__": None,
-    "teacher.pocket.pretrain": None,
-    "teacher.pocket.model_card": None,
 }
 
 

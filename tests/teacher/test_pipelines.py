@@ -19,15 +19,13 @@ from small_pipelines import LAYOUT_NAMES, write_pipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from common.hub import STABLE_DIFFUSION
 from common.randomness import step_generator
 from teacher import parts, pipelines
 from teacher.conditions import Conditions
 from teacher.model import add_noise, load_teacher
 from teacher.pipelines import TEACHERS, random_pipeline
-from teacher.pocket.autoencoder import VAE_CONFIG
-from teacher.pocket.pretrain import SCHEDULER_CONFIG, UNET_CONFIG
 from teacher.shapes import ASSETS, load_shape
 
 PROMPTS = ["a giraffe", "Two BROWN dogs, one with a red ball! " * 9, ""]
@@ -382,11 +380,15 @@ def test_a_deep_compression_autoencoder_is_diffusers_own_and_survives_a_folder(t
     from diffusers import AutoencoderDC
 
     torch.manual_seed(0)
-    vae = parts.AutoencoderDC(**VAE_CONFIG).eval()
-    stock = AutoencoderDC(**VAE_CONFIG).eval()
+    pocket = ASSETS / "pocket"
+    vae = parts.AutoencoderDC.from_config(read_json(pocket / "vae" / "config.json")).eval()
+    stock = AutoencoderDC.from_config(read_json(pocket / "vae" / "config.json")).eval()
     stock.load_state_dict(vae.state_dict())
-    unet = UNet2DConditionModel(**UNET_CONFIG | {"block_out_channels": (32, 32, 32)})
-    pipe = pipelines.pocket_pipeline(vae, unet, PNDMScheduler(**SCHEDULER_CONFIG))
+    narrow = {"block_out_channels": (32, 32, 32)}
+    config = read_json(pocket / "unet" / "config.json") | narrow
+    unet = UNet2DConditionModel.from_config(config)
+    scheduler = PNDMScheduler.from_config(pocket / "scheduler")
+    pipe = pipelines.pocket_pipeline(vae, unet, scheduler)
     pipe.save_pretrained(tmp_path)
     loaded, _ = pipelines.load_folder(str(tmp_path))
     images = torch.rand(2, 3, 64, 64) * 2 - 1
