@@ -58,7 +58,7 @@ from macs import MacsModel, check_budget, meet_budget
 from problem import Problem, taylor_importance
 from prune_unet import attach_gates, gated_module
 from router import PromptRouter
-from targets.images import CaptionedImages, spread
+from targets.images import CaptionedImages, evenly_spaced
 from teacher.encoded import encode_target
 from teacher.model import Teacher, add_noise
 from train import CHECKPOINT, optimise
@@ -281,7 +281,7 @@ def output_distances(
         codes: binary codes, (N, D).
         experts: expert of each row of the split, (rows,).
     """
-    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))  # (n,)
+    rows = torch.tensor(evenly_spaced(len(data), DISTANCE_ROWS))  # (n,)
     encoded = encode_target(teacher, data.take(rows.tolist()))
     N, own = len(codes), experts[rows]  # (n,)
     shares = torch.bincount(own, minlength=N).double() / len(own)  # (N,)

@@ -11,7 +11,7 @@ from small_data import BROKEN, jpeg, make_coco, png_of, write
 from torchvision.transforms.v2 import functional as vision
 
 from targets import decoding
-from targets.decoding import CHECK_PIXELS, Photographs, decode, find_frame, find_unreadable
+from targets.decoding import CHECK_PIXELS, ImageFiles, decode, find_frame, find_unreadable
 from targets.images import load_target
 
 
@@ -175,9 +175,7 @@ class Files:
 
     def __init__(self, broken=(), stop=None):
         self.broken, self.stop, self.opened = set(broken), stop, []
-        self.photographs = Photographs(
-            self.open, "image {}".format, lambda k: f"{k in self.broken}"
-        )
+        self.files = ImageFiles(self.open, "image {}".format, lambda k: f"{k in self.broken}")
 
     def open(self, k):
         if len(self.opened) == self.stop:
@@ -186,7 +184,7 @@ class Files:
         return io.BytesIO(BROKEN if k in self.broken else jpeg(k))
 
     def find(self, image_ids):
-        found = find_unreadable(self.photographs, image_ids, "toy")
+        found = find_unreadable(self.files, image_ids, "toy")
         assert all(why.startswith(f"image {k}: ") for k, why in found.items())
         return sorted(found)
 

@@ -15,7 +15,7 @@ from small_data import BROKEN, jpeg, make_coco, make_folder, number_in, png_of, 
 from common.errors import UserError
 from targets import __main__ as command
 from targets.decoding import Unreadable
-from targets.images import CaptionedImages, load_target, spread
+from targets.images import CaptionedImages, evenly_spaced, load_target
 
 
 @pytest.fixture
@@ -91,10 +91,11 @@ def test_rows_of_broken_files_are_dropped_whatever_is_read_first(tmp_path, order
         images = data.images(some)
         assert images.shape[1:] == (3, 16, 16) and images.dtype == torch.float32
         assert [number_in(image) for image in images] == data.image_ids[some].tolist()
-    assert set(data.skipped) == {2, 3, 4, 5} and data.notes == {"image missing": 2}
+    assert set(data.skipped) == {2, 3, 4, 5} and list(data.notes.values()) == [2]
     assert "pixels" in data.skipped[5]
     report = data.report()
-    assert "14 rows; 4 unreadable images skipped" in report and "image missing: 2" in report
+    assert "14 rows; 4 unreadable images skipped" in report
+    assert "image missing (first 'COCO_train2014_000000000007.jpg'; " in report
     assert "train2014/COCO_train2014_000000000002.jpg" in report and "\n" not in report
 
 
@@ -168,8 +169,8 @@ def test_limit_takes_rows_spread_over_the_target():
 
 
 @given(st.integers(1, 50), st.none() | st.integers(1, 60))
-def test_spread(rows, limit):
-    got = spread(rows, limit)
+def test_evenly_spaced(rows, limit):
+    got = evenly_spaced(rows, limit)
     assert len(got) == min(rows, limit or rows) and sorted(set(got)) == got
     assert got[0] == 0 and got[-1] < rows
     assert max(np.diff([*got, rows])) - min(np.diff([*got, rows])) <= 1

@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +20,7 @@ from small_data import (
 
 from common.errors import UserError
 from targets.images import CaptionedImages, load_target
-from targets.layouts import MAX_CAPTION_CHARACTERS, safe_name, validation_images
+from targets.layouts import MAX_CAPTION_CHARACTERS, safe_name, splits_of
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +72,17 @@ def test_coco_without_some_images_or_captions(tmp_path):
     write(captions_file(tmp_path), json.dumps(content))
     data = load_target("coco", "train", data_dir=tmp_path)
     assert numbers(data) == shown(data) == [0, 2, 4, 5, 0, 2, 3, 4, 5]
-    assert data.notes == {"image missing": 3, "caption empty": 1}
+    gone, *others = data.notes.items()
+    assert gone[0].startswith("image missing (first 'COCO_train2014_000000000001.jpg'; ")
+    assert gone[1] == 2 and dict(others) == {"caption empty": 1, "image not listed": 1}
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["not UTF-8 JSON"]),
-        (b'{"images": [}', ["not UTF-8 JSON", "line 1"]),
-        (b'{"images": [], "annotations": "\xe9"}', ["not UTF-8 JSON", "0xe9"]),
+        (b"", ["not JSON"]),
+        (b'{"images": [}', ["not JSON", "line 1"]),
+        (b'{"images": [], "annotations": "\xe9"}', ["not UTF-8", "line 1", "0xe9"]),
         (b"[1, 2]", ["COCO's layout"]),
         (b'{"images": [{"id": 1}], "annotations": []}', ["COCO's layout", "file_name"]),
         (b'{"images": [], "annotations": []}', ["no captioned images", "no rows"]),
@@ -94,7 +95,7 @@ def test_coco_without_some_images_or_captions(tmp_path):
             b'{"images": [{"id": 1, "file_name": "../x.jpg"}], "annotations": []}',
             ["../x.jpg", "refused"],
         ),
-        (b"[" * 100_000, ["not UTF-8 JSON"]),
+        (b"[" * 100_000, ["not JSON"]),
     ],
 )
 def test_a_bad_file_of_coco_captions(content, words, tmp_path):
@@ -107,7 +108,7 @@ def test_coco_without_any_image(tmp_path):
     make_coco(tmp_path, images=2)
     for path in (tmp_path / "train2014").iterdir():
         path.unlink()
-    refused("coco", tmp_path, "no captioned images", "image missing: 4")
+    refused("coco", tmp_path, "no captioned images", "train2014 has no files): 4")
     (tmp_path / "train2014").rmdir()
     refused("coco", tmp_path, "train2014", "--download")
 
@@ -223,19 +224,16 @@ def test_a_folder_is_split_by_hash_and_by_image(tmp_path):
 
 @given(st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=2, max_size=40, unique=True))
 def test_both_parts_have_images_and_membership_is_the_names_alone(names):
-    held_out = validation_images(names)
-    assert held_out.any()
-    again = validation_images(names[::-1])[::-1]
-    assert np.array_equal(held_out, again)
-    large = [*names, *(f"c{k}" for k in range(200))]
-    if held_out.sum() > 1:  # more images move none of those that were held out
-        assert np.array_equal(validation_images(large)[: len(names)], held_out)
+    splits = splits_of(names)
+    assert set(splits) <= {"train", "validation"} and "validation" in splits
+    assert splits == splits_of(names[::-1])[::-1]
+    if splits.count("validation") > 1:  # more images move none of those that were held out
+        assert splits_of([*names, *(f"c{k}" for k in range(200))])[: len(names)] == splits
 
 
 def test_about_a_tenth_is_held_out():
-    assert validation_images([f"{k}.png" for k in range(20_000)]).mean() == pytest.approx(
-        0.1, abs=0.01
-    )
+    splits = splits_of([f"{k}.png" for k in range(20_000)])
+    assert splits.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
 
 
 def test_names_that_mean_the_same_file_are_one_image(tmp_path):
@@ -253,15 +251,17 @@ def test_names_that_mean_the_same_file_are_one_image(tmp_path):
         (b'\n\n{"file_name": "0.jpg", "text": "caf\xe9"}\n', ["line 3", "0xe9", "UTF-8"]),
         (b'["0.jpg", "a"]\n', ["line 1", "file_name", "text"]),
         (b'{"file_name": "0.jpg", "text": ["a"]}\n', ["line 1", "text"]),
-        (b'{"text": "a"}\n', ["line 1", "file_name 'None' is refused"]),
+        (b'{"caption": "a", "image": 3}\n', ["line 1", "caption, image", "needs file_name"]),
+        (b'{"file_name": null, "text": "a"}\n', ["line 1", "file_name 'None' is refused"]),
         (b'{"file_name": "../0.jpg", "text": "a"}\n', ["line 1", "'../0.jpg' is refused"]),
         (b'{"file_name": "a/../../0.jpg", "text": "a"}\n', ["refused"]),
         (b'{"file_name": "/etc/passwd", "text": "a"}\n', ["'/etc/passwd' is refused"]),
         (b'{"file_name": "C:/x.jpg", "text": "a"}\n', ["refused"]),
         (b'{"file_name": "a\\\\0.jpg", "text": "a"}\n', ["refused", "with /"]),
         (b'{"file_name": "a\\u0000.jpg", "text": "a"}\n', ["refused"]),
-        (b'{"file_name": "0.jpg"}\n', ["caption empty: 1"]),
-        (b'{"file_name": "9.jpg", "text": "a"}\n', ["image missing: 1"]),
+        (b'{"file_name": "0.jpg", "caption": "a"}\n', ["text missing", "file_name, caption): 1"]),
+        (b'{"file_name": "0.jpg", "text": null}\n', ["caption empty: 1"]),
+        (b'{"file_name": "9.jpg", "text": "a"}\n', ["image missing (first '9.jpg'; ", "'0.jpg'"]),
         (b"[" * 100_000, ["line 1", "not JSON"]),
     ],
 )
@@ -274,7 +274,7 @@ def test_bad_metadata(content, words, tmp_path):
 def test_a_folder_without_metadata(tmp_path):
     refused(tmp_path, None, "no metadata.jsonl", '{"file_name": ')
     make_folder(tmp_path / "train", rows_of(2))
-    refused(tmp_path, None, "validation/metadata.jsonl")
+    refused(tmp_path, None, "validation/; it has train;")
 
 
 @given(st.text())
@@ -312,6 +312,6 @@ def test_long_and_odd_captions(tmp_path):
     make_folder(tmp_path / "validation", [("0.jpg", "x")])
     data = load_target(str(tmp_path), "train")
     assert data.captions[0] == ("word " * 10_000)[:MAX_CAPTION_CHARACTERS]
-    assert data.captions[1:] == ["a b\x00c", "lone ? surrogate"]
+    assert data.captions[1:] == ["a b c", "lone ? surrogate"]
     assert data.notes == {"caption clipped": 1, "caption empty": 1}
     assert "caption clipped: 1" in data.report()
