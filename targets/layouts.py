@@ -268,7 +268,7 @@ def metadata_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             yield from ((f"{path}, line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+            raise UserError(f"{path}, after line {reader.line_num}: {error}") from None
         return
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():

@@ -1,5 +1,6 @@
 """COCO, CC3M and folders on disk: every caption beside its own image, every fault in one line."""
 
+import csv
 import hashlib
 import json
 import os
@@ -12,9 +13,11 @@ from small_data import (
     jpeg,
     make_coco,
     make_folder,
+    make_shard,
     make_shards,
     make_tsv,
     number_in,
+    sample,
     write,
 )
 
@@ -111,6 +114,65 @@ def test_coco_without_any_image(tmp_path):
     refused("coco", tmp_path, "no captioned images", "train2014 has no files): 4")
     (tmp_path / "train2014").rmdir()
     refused("coco", tmp_path, "train2014", "--download")
+
+
+# ---- text, in every layout ----
+
+MARK = b"\xef\xbb\xbf"  # a byte-order mark
+
+
+def marked(path: Path) -> None:
+    write(path, MARK + path.read_bytes())
+
+
+@pytest.mark.parametrize("layout", ["coco", "tsv", "shards", "jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(layout, tmp_path):
+    target, data_dir = {"coco": "coco", "tsv": "cc3m", "shards": "cc3m"}.get(layout, ""), tmp_path
+    if layout == "coco":
+        make_coco(tmp_path, images=3)
+        marked(captions_file(tmp_path))
+    elif layout == "tsv":
+        make_tsv(tmp_path, rows=3)
+        marked(tmp_path / "Train_GCC-training.tsv")
+        for path in tmp_path.rglob("*.txt"):
+            marked(path)
+    elif layout == "shards":
+        files = sample(0) | sample(1)
+        files["000000000.txt"] = MARK + files["000000000.txt"]
+        make_shard(tmp_path / "train" / "0.tar", files)
+    else:
+        rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
+        make_folder(tmp_path, rows)
+        if layout == "csv":
+            (tmp_path / "metadata.jsonl").unlink()
+            lines = ["file_name,text", *map(",".join, rows)]
+            write(tmp_path / "metadata.csv", "\n".join(lines))
+        marked(tmp_path / f"metadata.{layout}")
+        target = str(tmp_path)
+    data = load_target(target, "train", data_dir=data_dir)
+    assert numbers(data) == shown(data) and data.captions[0].startswith("picture")
+    assert not data.notes
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_what_ends_a_line_and_what_does_not(end, tmp_path):
+    texts = [f"picture {k}\u2028by\x85the\x0bsea" for k in range(4)]
+    for k in range(4):
+        write(tmp_path / "train" / "00000" / f"{k:09d}.jpg", jpeg(k))
+        write(tmp_path / "mine" / "train" / f"{k}.jpg", jpeg(k))
+    write(tmp_path / "mine" / "validation" / "5.jpg", jpeg(5))
+    tsv = [f"{text}\thttp://x" for text in texts]
+    write(tmp_path / "Train_GCC-training.tsv", end.join(tsv))
+    names = [*(f"train/{k}.jpg" for k in range(4)), "validation/5.jpg"]
+    rows = [
+        json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+        for name, text in zip(names, [*texts, "x"], strict=True)
+    ]
+    write(tmp_path / "mine" / "metadata.jsonl", end.join(rows).replace("\x0b", "\\u000b"))
+    for target in ("cc3m", str(tmp_path / "mine")):
+        data = load_target(target, "train", data_dir=tmp_path)
+        assert data.captions == [f"picture {k} by the sea" for k in range(4)]
+        assert shown(data) == [0, 1, 2, 3]
 
 
 # ---- cc3m, TSV and folder ----
@@ -234,6 +296,101 @@ def test_both_parts_have_images_and_membership_is_the_names_alone(names):
 def test_about_a_tenth_is_held_out():
     splits = splits_of([f"{k}.png" for k in range(20_000)])
     assert splits.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_third_folder_is_in_neither_split(tmp_path):
+    """By hash, some of `validation/` would be trained on."""
+    rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
+    make_folder(tmp_path, [*rows, ("test/3.jpg", "picture 3"), ("4.jpg", "picture 4")])
+    for split, number in (("train", 1), ("validation", 2)):
+        data = load_target(str(tmp_path), split)
+        assert numbers(data) == [number]
+        assert data.notes == {"image in neither train/ nor validation/": 2}
+
+
+def test_a_csv_is_read_like_jsonl(tmp_path):
+    texts = {0: "picture 0, in\na column", 1: 'picture 1, "quoted"', 2: "picture 2, ü一"}
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)  # which ends lines with CRLF
+        rows.writerow(["id", "text", "file_name"])
+        for k, text in texts.items():
+            rows.writerow([k, text, f"{k}.jpg"])
+        file.write("\r\n")
+    for part in ("train", "validation"):
+        write(tmp_path / part / "metadata.csv", (tmp_path / "rows.csv").read_bytes())
+        for k in texts:
+            write(tmp_path / part / f"{k}.jpg", jpeg(k))
+    for part in ("train", "validation"):
+        data = load_target(str(tmp_path), part)
+        assert data.captions == [" ".join(text.split()) for text in texts.values()]
+        assert shown(data) == [0, 1, 2] and not data.notes
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["no rows"]),
+        (b"file_name;text\n0.jpg;a\n", ["line 2", "has file_name;text", "needs file_name"]),
+        (b"file_name,caption\n0.jpg,a\n", ["text missing", "file_name, caption): 1"]),
+        (b"file_name,text\n0.jpg\n", ["caption empty: 1"]),
+        (b"file_name,text\n0.jpg,caf\xe9\n", ["line 2", "0xe9", "UTF-8"]),
+        (b"file_name,text\n0.jpg,'" + b"x" * 200_000 + b"\n", ["after line 1", "field"]),
+    ],
+)
+def test_a_bad_csv(content, words, tmp_path):
+    write(tmp_path / "0.jpg", jpeg(0))
+    write(tmp_path / "metadata.csv", content)
+    refused(tmp_path, None, "metadata.csv", *words)
+
+
+def test_a_parquet_file_is_said_to_be_one(tmp_path):
+    write(tmp_path / "train" / "metadata.parquet", b"PAR1")
+    refused(tmp_path, None, "no metadata.jsonl or metadata.csv", "it has train;", "read_parquet")
+
+
+@pytest.mark.parametrize(
+    ("listed", "there", "words"),
+    [
+        ("1.png", "1.PNG", ["first '1.png'", "has '1.PNG'"]),
+        ("\u00e4.jpg", "a\u0308.jpg", [r"first '\xe4.jpg'", r"has 'a\u0308.jpg'"]),
+        ("train/1.jpg", "1.jpg", ["first 'train/1.jpg'", "train/train has no files"]),
+        ("1.jpg", "images/1.jpg", ["first '1.jpg'", "train has 'images', 'metadata.jsonl'"]),
+    ],
+)
+def test_a_name_that_is_not_there_is_shown_beside_those_that_are(listed, there, words, tmp_path):
+    for part in ("train", "validation"):
+        make_folder(tmp_path / part, [("9.jpg", "picture 9")])
+    row = json.dumps({"file_name": listed, "text": "picture 1"})
+    write(tmp_path / "train" / "metadata.jsonl", row)
+    (tmp_path / "train" / "9.jpg").unlink()
+    write(tmp_path / "train" / there, jpeg(1))
+    refused(tmp_path, None, "image missing", *words)
+
+
+@given(
+    faults=st.lists(st.sampled_from(["", "gone", "empty", "no text", "third"]), max_size=30),
+    cut=st.integers(0, 2),
+)
+def test_every_row_is_used_or_counted(tmp_path_factory, faults, cut):
+    folder = tmp_path_factory.mktemp("counted")
+    faults = [*faults, ""]
+    lines = [json.dumps({"file_name": "validation/0.jpg", "text": "x"})]
+    write(folder / "validation" / "0.jpg", jpeg(0))
+    for k, fault in enumerate(faults):
+        name = f"{'test' if fault == 'third' else 'train'}/{k}.jpg"
+        if fault != "gone":
+            write(folder / name, b"" if k < cut and not fault and k + 1 < len(faults) else jpeg(k))
+        text = {} if fault == "no text" else {"text": " " if fault == "empty" else f"picture {k}"}
+        lines.append(json.dumps({"file_name": name} | text))
+    write(folder / "metadata.jsonl", "\n".join(lines))
+    data = load_target(str(folder), "train")
+    assert len(data) + len(data.skipped) + sum(data.notes.values()) == len(faults)
+    assert len(data) + len(data.skipped) == faults.count("")
+    kinds = {"gone": "image missing", "empty": "caption empty", "no text": "text missing"}
+    for fault, reason in (kinds | {"third": "image in neither"}).items():
+        counted = [count for note, count in data.notes.items() if note.startswith(reason)]
+        assert sum(counted) == faults.count(fault)
+    assert numbers(data) == shown(data)
 
 
 def test_names_that_mean_the_same_file_are_one_image(tmp_path):
