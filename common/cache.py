@@ -100,7 +100,7 @@ def cache_folder() -> Path:
         return Path(given) / "aptp"
     wanted = Path(os.path.expanduser("~"), ".cache", "aptp")  # below "~" itself without a home
     parent = next(place for place in (wanted, *wanted.parents) if place.exists())
-    if wanted.is_absolute() and os.access(parent, os.W_OK):
+    if wanted.is_absolute() and parent.is_dir() and os.access(parent, os.W_OK):
         return wanted
     user = getattr(os, "getuid", int)()  # its name is not always known
     return Path(tempfile.gettempdir()) / f"aptp-{user}"

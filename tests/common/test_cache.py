@@ -31,7 +31,7 @@ def test_a_cache_has_a_place_without_a_home(tmp_path, monkeypatch):
 
     own = Path(tempfile.gettempdir()) / f"aptp-{os.getuid()}"
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != Path("/"))  # root may write
-    for home in ("/", "/nonexistent/home"):
+    for home in ("/", "/nonexistent/home", "/dev/null"):
         monkeypatch.setenv("HOME", home)
         assert cache_folder() == own
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user id
