@@ -210,8 +210,8 @@ def check_target(target: str) -> None:
     """Raises `UserError` where there is no such target."""
     if target not in TARGETS and not Path(target).is_dir():
         raise UserError(
-            f"--target {target} is unknown; choose one of: {', '.join(TARGETS)}, or a folder with "
-            f"metadata.jsonl"
+            f"target {target} is unknown: it is none of {', '.join(TARGETS)}, and no folder (seen "
+            f"from {Path.cwd()})"
         )
 
 
@@ -236,8 +236,8 @@ def find_target(
     if target in TARGETS:
         if data_dir is None:
             raise UserError(
-                f"--target {target} needs --data-dir, the folder of its files; `python -m targets "
-                f"{target} --download --data-dir D` fetches them to D, --target emoji needs nothing"
+                f"target {target} needs the folder of its files, --data-dir; `python -m targets "
+                f"{target} --download --data-dir D` fetches them to D, target emoji needs nothing"
             )
         layout = {"coco": read_coco, "cc3m": read_cc3m}[target]
         return load_files(target, layout(data_dir, split), resolution)

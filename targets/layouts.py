@@ -99,9 +99,8 @@ def gather(
 def missing(target: str, what: str, data_dir: Path) -> UserError:
     """The error that says what is missing, from where, and how to get it."""
     return UserError(
-        f"--target {target} needs {what}, which is not in {data_dir.resolve()}; get it with "
-        f"`python -m targets {target} --download --data-dir {data_dir}`; "
-        f"--target emoji needs nothing"
+        f"target {target} needs {what}, which is not in {data_dir.resolve()}; get it with `python "
+        f"-m targets {target} --download --data-dir {data_dir}`; target emoji needs nothing"
     )
 
 
@@ -227,7 +226,7 @@ def read_cc3m(data_dir: Path, split: str) -> CaptionedFiles:
 
 def tsv_pairs(path: Path, image: Callable[[int], Path]) -> Iterator[tuple[int | str, str]]:
     """Row number and caption of each line; `image` is a row's file."""
-    row, checked = 0, False
+    row, checked, gone = 0, False, ""
     names: set[str] = set()
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or (row == 0 and line == "caption\turl"):  # img2dataset's header
@@ -245,7 +244,9 @@ def tsv_pairs(path: Path, image: Callable[[int], Path]) -> Iterator[tuple[int | 
                     f"{text} is not the caption in line {number} of {path}: the images belong to "
                     f"another list; fetch them again, or as img2dataset's webdataset shards"
                 )
-        yield row if there else "image missing", caption
+        if not there and not gone:
+            gone = why_missing(image(row).parent, [image(row).name])[0]
+        yield row if there else gone, caption
         row += 1
 
 
@@ -290,7 +291,7 @@ def no_metadata(folder: Path) -> UserError:
     if any((folder / part / "metadata.parquet").exists() for part in ("", "train")):
         advice = "convert the .parquet: pandas.read_parquet(old).to_csv(new, index=False)"
     return UserError(
-        f"--target {folder} has no {' or '.join(METADATA)}, nor one in train/ and one in "
+        f"target {folder} has no {' or '.join(METADATA)}, nor one in train/ and one in "
         f"validation/; it has {seen or 'nothing'}; {advice}"
     )
 
