@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import shlex
 import shutil
 import time
 import zipfile
@@ -117,7 +118,8 @@ def download(target: str, data_dir: Path) -> None:
         print(f"{remote.name}: complete")
     if target == "cc3m":
         for remote, split in zip(FILES["cc3m"], ("validation", "train"), strict=True):
-            print(CC3M_IMAGES.format(data_dir=data_dir, tsv=remote.name, split=split))
+            place = shlex.quote(str(data_dir))
+            print(CC3M_IMAGES.format(data_dir=place, tsv=remote.name, split=split))
 
 
 def fetch(remote: RemoteFile, path: Path) -> None:

@@ -74,13 +74,9 @@ def list_emoji() -> tuple[Emoji, ...]:
     for entry in entries:
         code, group = entry["unified"], entry["category"]
         name = entry["name"].lower()
-        if (
-            group == "Animals & Nature"
-            and name.endswith(" face")
-            and name.removesuffix(" face") not in names
-        ):
-            # Unicode's "giraffe face" is what everyone calls a giraffe
-            name = name.removesuffix(" face")
+        animal = name.removesuffix(" face")  # Unicode's "giraffe face" is everyone's giraffe
+        if group == "Animals & Nature" and animal not in names:
+            name = animal
         alias = entry["short_name"].replace("_", " ").replace("-", " ").lower()
         if group == "Flags" or any(c.isdigit() for c in alias):  # "flag bo", "clock430"
             alias = name
@@ -92,13 +88,10 @@ def list_emoji() -> tuple[Emoji, ...]:
             files = [folder / f"{s.lower() if style == 'flat' else s}.svg" for s in spellings]
             svgs[style] = next((file for file in files if file.exists()), None)
         split = hashlib.sha256(code.encode()).digest()
-        held_out_style = (
-            STYLES[split[0] % 2]
-            if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
-            else None
-        )
+        held_out = all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
+        style_of_it = STYLES[split[0] % 2]
         drawings += [
-            Emoji(code, name, alias, group, style, svg, style == held_out_style)
+            Emoji(code, name, alias, group, style, svg, held_out and style == style_of_it)
             for style, svg in svgs.items()
             if svg
         ]
