@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import load_tensors, save_tensors
+from common.files import load_tensors, remove_leftovers, save_tensors
 from common.processes import barrier, rank, world_size
 
 
@@ -68,6 +69,8 @@ def kept_rows(
     paths = [folder / f"{number:06d}.safetensors" for number in range(len(parts))]
     found = {k: read_part(paths[k], len(parts[k])) for k in range(rank(), len(parts), world_size())}
     todo = [k for k, tensor in found.items() if tensor is None]
+    for parent, *_ in os.walk(cache_folder()) if todo else ():  # what killed writers left, anywhere
+        remove_leftovers(Path(parent))
     total = sum(len(parts[k]) for k in todo)
     with tqdm(total=total, desc=what, unit="row", disable=not todo or rank() > 0) as bar:
         for k in todo:
@@ -88,5 +91,16 @@ def kept_rows(
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/aptp`, normally ~/.cache/aptp."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aptp"
+    """`$XDG_CACHE_HOME/aptp`, normally ~/.cache/aptp.
+
+    Without a home that can be written, as in many containers, it is a folder of this user's in the
+    system's temporary folder.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "aptp"
+    wanted = Path(os.path.expanduser("~"), ".cache", "aptp")  # below "~" itself without a home
+    parent = next(place for place in (wanted, *wanted.parents) if place.exists())
+    if wanted.is_absolute() and parent.is_dir() and os.access(parent, os.W_OK):
+        return wanted
+    user = getattr(os, "getuid", int)()  # its name is not always known
+    return Path(tempfile.gettempdir()) / f"aptp-{user}"

@@ -1,4 +1,4 @@
-"""Files that a kill never spoils: JSON, CSV and safetensors, written whole or not at all.
+"""Files: text read in one way; JSON, CSV and safetensors written whole or not at all.
 
 A file is written under a temporary name and then moved into place, so a reader sees the old file or
 the new one, never half of one. Files of tensors carry a checksum. Nothing is pickled.
@@ -10,12 +10,13 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import xxhash
@@ -23,17 +24,66 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, system_error
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked and leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
+UTF8 = "utf-8-sig"  # UTF-8, with or without a byte-order mark
+
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ufeff]+")  # control characters, and byte-order marks
 
 CHECKSUMS: dict[str, Any] = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}  # older: sha256
+
+
+# ---- text ----
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends, and without a byte-order mark.
+
+    A line ends with LF, CRLF or CR. What else `str.splitlines` knows, such as U+2028, is text.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open(encoding=UTF8, errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if bad := re.search("[\udc80-\udcff]", line):  # a byte that cannot be decoded
+                    raise UserError(
+                        f"{path}, line {number}: byte {ord(bad[0]) - 0xDC00:#04x} is not UTF-8; "
+                        f"save the file as UTF-8"
+                    )
+                yield line.removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {system_error(error)}") from None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file as text. Raises `UserError`; see `read_lines`."""
+    return "\n".join(read_lines(path))
+
+
+def one_line(text: str) -> str:
+    """A caption or prompt without what nobody sees: white space is folded.
+
+    Control characters (NUL, for one) and byte-order marks count as white space. A lone surrogate,
+    which JSON can spell and which would stop a tokenizer, becomes `?`.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return " ".join(CONTROL.sub(" ", text).split())
+
+
+# ---- written whole or not at all ----
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on success move the file into place, else remove it."""
-    # in a folder of its own, because safetensors writes temporary files beside its own
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, lock = temporary_folder(path)
     try:
         yield folder / path.name
         mask = os.umask(0)  # safetensors lets only the owner read
@@ -42,6 +92,36 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.close()
+
+
+def temporary_folder(path: Path) -> tuple[Path, IO[str] | None]:
+    """A new folder beside `path`, and a lock that tells others that its writer is alive.
+
+    A folder, because safetensors writes temporary files beside its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+        lock = locked(folder, wait=True)
+        if folder.exists():  # another process may have removed it before it was locked
+            return folder, lock
+
+
+def locked(folder: Path, wait: bool) -> IO[str] | None:
+    """A lock on a folder; it ends when it is closed, or with the process.
+
+    None where another process has it, or where the system has no locks.
+    """
+    if fcntl is None:
+        return None
+    with suppress(OSError), ExitStack() as stack:
+        file = stack.enter_context((folder / ".lock").open("w"))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        stack.pop_all()
+        return file
+    return None
 
 
 def check_writable(folder: Path) -> None:
@@ -60,25 +140,27 @@ def check_writable(folder: Path) -> None:
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove the temporary folders of `replacing` that killed processes left for a file's name."""
     for left in folder.glob(f".{name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+        if lock := locked(left, wait=False):
+            shutil.rmtree(left, ignore_errors=True)
+            lock.close()
 
 
 def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        # a lone surrogate, as in a file name that is not UTF-8, is then the escape that JSON knows
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:
     """Raises `UserError` where the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path} is missing: the folder is incomplete; run the command that makes it again"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        )
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); delete it and run its command again"
         ) from None

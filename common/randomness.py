@@ -6,6 +6,7 @@ So a checkpoint needs no random state, and a resumed run equals an undisturbed o
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@lru_cache(maxsize=2)  # a batch may lie in two epochs; for millions of rows, an order takes 0.1 s
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
-    """The order of rows in an epoch, (rows,): a function of (seed, epoch)."""
+    """The order of rows in an epoch, (rows,): a function of (seed, epoch). Not to be changed."""
     return torch.randperm(rows, generator=step_generator(seed, "order", epoch))
 
 

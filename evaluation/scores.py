@@ -14,7 +14,7 @@ from common.cache import kept_rows, rows_key
 from evaluation import metrics
 from evaluation.features import ImageRows, extract, load_extractor
 from evaluation.metrics import EMBEDDED_SIGMA
-from targets.images import CaptionedImages, spread
+from targets.images import CaptionedImages, evenly_spaced
 from teacher.model import Teacher
 
 
@@ -56,7 +56,8 @@ class Embedded:
 
     def gallery(self, data: CaptionedImages) -> Tensor:
         """Features of all real images of a split, (rows, d), from the cache or into it."""
-        pixels = hashlib.sha256(data.images(spread(len(data), 8)).numpy().tobytes()).hexdigest()
+        some = data.images(evenly_spaced(len(data), 8))
+        pixels = hashlib.sha256(some.numpy().tobytes()).hexdigest()
         parts = kept_rows(
             f"features-{rows_key(self.extractor.name, pixels, lines=data.captions)}",
             len(data),

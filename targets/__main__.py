@@ -19,7 +19,13 @@ from common.errors import UserError, command_line
 from common.options import read_options
 from targets.decoding import forget_checks
 from targets.download import FILES, download
-from targets.images import CaptionedImages, check_target, drop_unreadable, find_target, spread
+from targets.images import (
+    CaptionedImages,
+    check_target,
+    drop_unreadable,
+    evenly_spaced,
+    find_target,
+)
 
 QUICK_CHECK = 1000  # images
 
@@ -41,7 +47,7 @@ class Config:
 def describe(data: CaptionedImages, split: str, verify: bool) -> None:
     """Print what a split holds, and whether some of its images can be read, or all."""
     _, first = np.unique(data.image_ids, return_index=True)  # a row of each image
-    rows = first[spread(len(first), None if verify else QUICK_CHECK)].tolist()
+    rows = first[evenly_spaced(len(first), None if verify else QUICK_CHECK)].tolist()
     skipped = drop_unreadable(data.take(rows)).skipped
     print(f"{split}: {len(first):,} images, e.g. {data.captions[0][:80]!r}")
     print(f"  checked {len(rows):,} of them; {replace(data, skipped=skipped).report()}")

@@ -1,11 +1,11 @@
-"""Photographs as pixels, and those that cannot be decoded, found once. App. E.1.
+"""Image files as pixels. App. E.1.
 
-A photograph is turned as its EXIF data say, put on white where it is transparent, cropped in the
-centre to a square and resized with an antialiasing bicubic filter. Of an animation, the first frame
+An image is turned as its EXIF data say, put on white where it is transparent, cropped in the centre
+to a square and resized with an antialiasing bicubic filter. Of an animation, the first frame
 counts.
 
-`find_unreadable` decodes every photograph of a split once. The cache keeps which of them failed and
-why, until a file has another size or time.
+`find_unreadable` decodes every image of a split once. The cache keeps which of them failed and why,
+until a file has another size or time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,22 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run other prog
 
 MAX_PIXELS = 89_478_485  # of an image; Pillow's own limit
 
-NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the image's fault
+# Not the image's fault: nothing is left of something, no permission, a server that does not answer.
+ELSEWHERE = {
+    getattr(errno, name)
+    for name in ("EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "ESTALE", "ETIMEDOUT", "ENOTCONN")
+}
+
+# EXIF's orientation -> what makes the image upright; other values say nothing.
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 CHECK_PIXELS = 8  # a side, when an image is only checked: a JPEG is then decoded at an eighth
 
@@ -53,21 +68,21 @@ def workers() -> int:
 
 
 class Frame(NamedTuple):
-    """How a square was cut out of a photograph, in the numbers that SDXL is trained with."""
+    """How a square was cut out of an image, in the numbers that SDXL is trained with."""
 
-    height: int  # of the photograph, turned upright
+    height: int  # of the image, turned upright
     width: int
-    top: int  # of the square, once the photograph is resized to the square's size
+    top: int  # of the square, once the image is resized to the square's size
     left: int
 
 
 @dataclass(frozen=True)
-class Photographs:
+class ImageFiles:
     """The image files of a split, by number."""
 
     open: Callable[[int], BinaryIO]
     label: Callable[[int], str]  # what messages call it
-    stamp: Callable[[int], str]  # another one when the file has changed
+    state: Callable[[int], str]  # another one when the file has changed
 
     def pixels(self, image_id: int, resolution: int) -> np.ndarray:
         """An image, (resolution, resolution, 3) uint8. Raises `Unreadable`."""
@@ -83,32 +98,50 @@ class Photographs:
             with self.open(image_id) as file:
                 return reader(file, resolution)
         except Exception as error:  # a decoder may raise anything
-            if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NOTHING_LEFT:
+            if isinstance(error, MemoryError) or getattr(error, "errno", 0) in ELSEWHERE:
                 raise
             why = " ".join(str(error).split()) or type(error).__name__
             raise Unreadable(f"{self.label(image_id)}: {why}") from None
 
 
+def open_image(file: BinaryIO) -> Image.Image:
+    """An image file of a size that is allowed; its pixels are not read yet."""
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} M"
+        )
+    return image
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How an image has to be turned to be upright, as its EXIF data say."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises all kinds over EXIF data that are damaged
+        return None
+
+
 def decode(file: BinaryIO, resolution: int) -> np.ndarray:
     """An image file as (resolution, resolution, 3) uint8; see the module's header."""
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS / 1e6:.0f} M"
-            )
+    with open_image(file) as image:
         # a JPEG of several times the size can be decoded at a fraction of it
         image.draft(None, (2 * resolution, 2 * resolution))
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        turn = turn_of(image)
+        upright = on_white(image if turn is None else image.transpose(turn))
         size = (resolution, resolution)
-        return np.asarray(ImageOps.fit(on_white(image), size, Image.Resampling.BICUBIC))
+        return np.asarray(ImageOps.fit(upright, size, Image.Resampling.BICUBIC))
 
 
 def find_frame(file: BinaryIO, resolution: int) -> Frame:
-    """Where `decode` cuts the square out of an image file; reads the file's header alone."""
-    with Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # it lies on its side
-            width, height = height, width
+    """Where `decode` cuts the square out of an image file; mostly reads the file's header alone."""
+    with open_image(file) as image:
+        if image.format == "TIFF":
+            image.load()  # which turns it: after that, its EXIF data say nothing
+        turn, (width, height) = turn_of(image), image.size
+    if turn in [TURNS[orientation] for orientation in (5, 6, 7, 8)]:  # it lies on its side
+        width, height = height, width
     scale = resolution / min(width, height)
     top, left = (round((scale * side - resolution) / 2) for side in (height, width))
     return Frame(height, width, top, left)
@@ -143,18 +176,16 @@ def forget_checks(name: str) -> None:
     shutil.rmtree(checks_folder(name), ignore_errors=True)
 
 
-def find_unreadable(
-    photographs: Photographs, image_ids: Sequence[int], name: str
-) -> dict[int, str]:
+def find_unreadable(files: ImageFiles, image_ids: Sequence[int], name: str) -> dict[int, str]:
     """The images that cannot be decoded -> why, from the cache or into it.
 
     Images are checked in parts, each a file: a stopped check goes on. Processes share the parts.
 
     Args:
-        image_ids: which photographs to check.
+        image_ids: which of them to check.
         name: of the target.
     """
-    lines = (f"{photographs.label(k)} {photographs.stamp(k)}" for k in image_ids)
+    lines = (f"{files.label(k)} {files.state(k)}" for k in image_ids)
     folder = checks_folder(name) / rows_key(PIL.__version__, lines=lines)
     starts = range(0, len(image_ids), PART)
     parts = {folder / f"{start:09d}.json": image_ids[start : start + PART] for start in starts}
@@ -162,7 +193,7 @@ def find_unreadable(
 
     def fault(image_id: int) -> str | None:
         try:
-            photographs.pixels(image_id, CHECK_PIXELS)
+            files.pixels(image_id, CHECK_PIXELS)
         except Unreadable as error:
             return str(error)
         return None

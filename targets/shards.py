@@ -21,17 +21,21 @@ from tqdm import tqdm
 
 from common.cache import cache_folder
 from common.errors import UserError
-from common.files import load_tensors, save_tensors
-from targets.decoding import Photographs
+from common.files import UTF8, load_tensors, save_tensors
+from targets.decoding import ImageFiles
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")  # what img2dataset writes
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+
+KINDS = (*IMAGE_KINDS, "txt", "json")  # of a sample's files
+
+VERSION = 2  # of the indexes in the cache
 
 MAX_CAPTION_BYTES = 2**20  # of a key.txt
 
 MAX_IMAGE_BYTES = 2**28  # an image is read whole
 
 
-def read_shards(shards: list[Path]) -> tuple[list[str], Photographs, Counter[str]]:
+def read_shards(shards: list[Path]) -> tuple[list[str], ImageFiles, Counter[str]]:
     """A row for each `key.txt` that has a `key.jpg`, in the shards' order.
 
     Returns:
@@ -39,16 +43,16 @@ def read_shards(shards: list[Path]) -> tuple[list[str], Photographs, Counter[str
     """
     notes: Counter[str] = Counter()
     captions: list[str] = []
-    places, stamps = [], []
+    places, states = [], []
     for path in tqdm(shards, desc="shard indexes", unit="tar", leave=False):
         index, meta = shard_index(path)
         notes.update(meta["notes"])
         text, start = index["text"].numpy().tobytes(), 0
         for end in index["end"].tolist():
-            captions.append(text[start:end].decode("utf-8"))
+            captions.append(text[start:end].decode(UTF8))
             start = end
         places.append(index["place"].numpy())  # (samples, 2)
-        stamps.append("{size} {mtime_ns}".format(**meta["stamp"]))
+        states.append("{size} {mtime_ns}".format(**meta["stamp"]))
     shard_of = np.repeat(np.arange(len(shards)), [len(place) for place in places])
     place = np.concatenate(places)
 
@@ -63,7 +67,7 @@ def read_shards(shards: list[Path]) -> tuple[list[str], Photographs, Counter[str
     def label(row: int) -> str:
         return f"{shards[shard_of[row]].name} at byte {place[row, 0]:,}"
 
-    return captions, Photographs(open_image, label, lambda row: stamps[shard_of[row]]), notes
+    return captions, ImageFiles(open_image, label, lambda row: states[shard_of[row]]), notes
 
 
 def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,7 +78,7 @@ def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         end (samples,): where each caption ends in text. And a meta with `notes`.
     """
     stat = path.stat()
-    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "version": VERSION}
     name = hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]
     cached = cache_folder() / "shards" / f"{name}.safetensors"
     try:
@@ -91,7 +95,7 @@ def shard_index(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Read a tar's headers: the index of `shard_index`, and what was left out."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: dict[str, dict[str, tuple[int, int] | None]] = {}  # None: no whole plain file
     notes: Counter[str] = Counter()
     length = path.stat().st_size
     with path.open("rb") as file:
@@ -101,9 +105,10 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
                     parent, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     whole = member.offset_data + member.size <= length
-                    if whole and member.isreg() and not member.issparse():
-                        sample = samples.setdefault(f"{parent}/{key}", {})
-                        sample[kind.lower()] = member.offset_data, member.size
+                    plain = whole and member.isreg() and not member.issparse()
+                    sample = samples.setdefault(f"{parent}/{key}", {})
+                    notes["file twice"] += kind.lower() in sample
+                    sample[kind.lower()] = (member.offset_data, member.size) if plain else None
         except tarfile.TarError:  # what came before is whole
             pass
         file.seek(max(0, length - tarfile.BLOCKSIZE))
@@ -111,13 +116,10 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
             notes["shard cut short"] += 1
         place, text, end = [], bytearray(), []
         for sample in samples.values():
-            image = next((sample[kind] for kind in IMAGE_KINDS if kind in sample), None)
-            caption = None
-            if "txt" in sample and sample["txt"][1] <= MAX_CAPTION_BYTES:
-                file.seek(sample["txt"][0])
-                caption = utf8_or_none(file.read(sample["txt"][1]))
-            if image is None:
-                notes["image missing"] += "txt" in sample
+            image = next(filter(None, map(sample.get, IMAGE_KINDS)), None)
+            caption = read_caption(file, sample.get("txt"))
+            if image is None:  # other files, such as a README, are no samples
+                notes["image missing"] += not sample.keys().isdisjoint(KINDS)
             elif caption is None:
                 notes["caption missing or not UTF-8"] += 1
             else:
@@ -128,12 +130,18 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
         "place": torch.tensor(place, dtype=torch.int64).view(-1, 2),
         "text": torch.tensor(text, dtype=torch.uint8),
         "end": torch.tensor(end, dtype=torch.int64),
-    }, dict(notes)
+    }, dict(+notes)
 
 
-def utf8_or_none(text: bytes) -> bytes | None:
+def read_caption(file: BinaryIO, place: tuple[int, int] | None) -> bytes | None:
+    """A `key.txt` at its place in a tar; None where there is none that can be decoded."""
+    offset, size = place or (0, 0)
+    if place is None or size > MAX_CAPTION_BYTES:
+        return None
+    file.seek(offset)
+    text = file.read(size)
     try:
-        text.decode("utf-8")
+        text.decode(UTF8)
     except UnicodeDecodeError:
         return None
     return text

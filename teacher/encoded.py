@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.cache import kept_rows, rows_key
 from common.files import fingerprint
-from targets.images import CaptionedImages, spread
+from targets.images import CaptionedImages, evenly_spaced
 from teacher.conditions import Conditions, join
 from teacher.model import Teacher
 from teacher.shapes import text_widths
@@ -127,7 +127,7 @@ def image_latents(
 
 def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
     """The name of a target's latents: of autoencoder, size, rows and some images' pixels."""
-    pixels = data.images(spread(len(data), 8)).numpy().tobytes()
+    pixels = data.images(evenly_spaced(len(data), 8)).numpy().tobytes()
     weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
     digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.image_ids.tobytes())]
     return rows_key(data.name, weights, *digests, lines=data.captions)

@@ -26,6 +26,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from short_start import shorten
+from small_data import make_folder
 
 import finetune
 import train
@@ -362,6 +363,27 @@ def test_a_disk_that_fills_up_under_the_log_is_one_line(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1, lines
     assert "No space left" in lines[0] and "room" in lines[0]
+
+
+# ---- surroundings ----
+
+
+def test_odd_surroundings(tmp_path):
+    """No home, a folder whose name is not UTF-8, captions that a Latin-1 terminal cannot show."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with contextlib.suppress(OSError):  # some file systems have no such names
+        folder.mkdir()
+    folder = folder if folder.exists() else tmp_path / "caf"
+    make_folder(folder, [(f"{k}.jpg", f"第{k}只长颈鹿 ü") for k in range(30)])
+    unset = ("XDG_CACHE_HOME", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONUTF8")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HOME": "/dev/null", "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "targets", folder]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr.decode("latin-1")
+    assert rb"\u53ea\u957f\u9888\u9e7f " + "ü".encode("latin-1") in ended.stdout
+    assert rb"caf\udce9: " in ended.stdout or folder.name == "caf"
+    assert list((tmp_path / f"aptp-{os.getuid()}" / "unreadable").iterdir())
 
 
 # ---- damaged files ----

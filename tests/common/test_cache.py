@@ -1,6 +1,9 @@
 """The cache: parts on disk are what was computed, and are computed once."""
 
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cache import kept_rows, rows_key
+from common.cache import cache_folder, kept_rows, rows_key
 from common.errors import UserError
 from common.hub import content_hash, model_folder, refuse_pickles
 
@@ -17,6 +20,32 @@ from common.hub import content_hash, model_folder, refuse_pickles
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "aptp" / "squares"
+
+
+def test_a_cache_has_a_place_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "given"))
+    assert cache_folder() == tmp_path / "given" / "aptp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "aptp"
+
+    own = Path(tempfile.gettempdir()) / f"aptp-{os.getuid()}"
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != Path("/"))  # root may write
+    for home in ("/", "/nonexistent/home", "/dev/null"):
+        monkeypatch.setenv("HOME", home)
+        assert cache_folder() == own
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user id
+    assert cache_folder() == own and own.is_absolute()
+
+
+def test_what_killed_writers_left_anywhere_in_the_cache_goes_once_something_is_kept(folder):
+    left = [folder, folder.parent / "other rows", folder.parent / "unreadable" / "toy" / "key"]
+    for place in left:
+        (place / ".000000.safetensors.1a2b.tmp").mkdir(parents=True)
+        (place / ".000000.safetensors.1a2b.tmp" / "000000.safetensors").touch()
+    keep(3, Squares())
+    assert not list(folder.parent.rglob("*.tmp"))
+    assert [path.name for path in folder.iterdir()] == ["000000.safetensors"]
 
 
 class Squares:

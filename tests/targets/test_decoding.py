@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_data import BROKEN, jpeg, make_coco, png_of, write
 from torchvision.transforms.v2 import functional as vision
 
 from targets import decoding
-from targets.decoding import CHECK_PIXELS, Photographs, decode, find_frame, find_unreadable
+from targets.decoding import CHECK_PIXELS, ImageFiles, decode, find_frame, find_unreadable
 from targets.images import load_target
 
 
@@ -62,7 +63,7 @@ ORIENTATIONS = {  # the picture as stored -> as it is meant, from the definition
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_exif_orientation_is_followed(orientation, kind):
     quarters = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
     stored = np.kron(quarters, np.ones((32, 32, 1), np.uint8))
@@ -71,21 +72,63 @@ def test_exif_orientation_is_followed(orientation, kind):
     file = encoded(Image.fromarray(stored), kind, exif=exif)
     got = decode(file, 64)[16::32, 16::32]  # a pixel of each quarter
     assert np.abs(got.astype(int) - ORIENTATIONS[orientation](quarters)).max() <= 8
+    file = encoded(Image.new("RGB", (40, 30)), kind, exif=exif)
+    height, width, _ = ORIENTATIONS[orientation](np.zeros((30, 40, 1))).shape
+    assert find_frame(file, 16)[:2] == (height, width)
+
+
+def exif_of(kind: int, content: bytes, count: int) -> bytes:
+    """EXIF data of one tag, orientation; types: 2 text, 3 of 16 bits, 4 of 32 bits, 5 rational."""
+    inline = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack(">I", 26)
+    head = b"Exif\0\0MM\0*" + struct.pack(">IHHHI", 8, 1, 0x112, kind, count)
+    return head + inline + bytes(4) + (content if len(content) > 4 else b"")
+
+
+SAY_NOTHING = {
+    "0": exif_of(3, struct.pack(">H", 0), 1),
+    "9": exif_of(3, struct.pack(">H", 9), 1),
+    "65535": exif_of(3, struct.pack(">H", 65535), 1),
+    "short text": exif_of(2, b"6\0", 2),
+    "text": exif_of(2, b"right-top\0", 10),
+    "6 / 0": exif_of(5, struct.pack(">II", 6, 0), 1),
+    "empty": b"Exif\0\0",
+    "no TIFF": b"Exif\0\0nonsense",
+    "cut short": b"Exif\0\0MM\0*",
+}
+
+
+@pytest.mark.parametrize("exif", SAY_NOTHING.values(), ids=SAY_NOTHING)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_orientations_that_say_nothing_change_nothing(exif, kind):
+    """An image is checked by its pixels, and trained on with its sizes: both read alike."""
+    image = Image.linear_gradient("L").crop((0, 0, 128, 96)).convert("RGB")
+    plain, odd = encoded(image, kind), encoded(image, kind, exif=exif)
+    assert np.array_equal(decode(odd, 32), decode(plain, 32))
+    assert find_frame(odd, 32) == find_frame(plain, 32) == (96, 128, 0, 5)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", [exif_of(3, struct.pack(">H", 6), 1), b""], ids=["exif", "none"])
+def test_an_image_cut_short_is_unreadable(kind, exif):
+    whole = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), kind, exif=exif).getvalue()
+    with pytest.raises((OSError, SyntaxError)):
+        decode(io.BytesIO(whole[: len(whole) // 2]), 32)
 
 
 @pytest.mark.parametrize("size", [(400, 300), (180, 250), (64, 64), (40, 30), (1600, 900)])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_the_frame_is_where_the_square_was_cut(size, orientation):
-    """A photograph whose pixels say where they are: red grows to the right, green downwards."""
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_the_frame_is_where_the_square_was_cut(size, orientation, kind):
+    """An image whose pixels say where they are: red grows to the right, green downwards."""
     width, height = size
     red, green = np.linspace(0, 255, width), np.linspace(0, 255, height)
     meant = np.zeros((height, width, 3))
     meant[..., 0], meant[..., 1] = red[None], green[:, None]
-    back = {1: 0, 3: 2, 6: 1}[orientation]  # quarter turns that the orientation undoes
+    back = {1: 0, 3: 2, 6: 1, 8: 3}[orientation]  # quarter turns that the orientation undoes
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.rot90(meant, back).round().astype(np.uint8))
-    file = encoded(stored, "PNG", exif=exif)
+    file = encoded(stored, kind, exif=exif)
     frame, got = find_frame(file, 64), decode(file, 64).astype(float)
     assert (frame.height, frame.width) == (height, width)
     scale = 64 / min(size)
@@ -175,9 +218,7 @@ class Files:
 
     def __init__(self, broken=(), stop=None):
         self.broken, self.stop, self.opened = set(broken), stop, []
-        self.photographs = Photographs(
-            self.open, "image {}".format, lambda k: f"{k in self.broken}"
-        )
+        self.files = ImageFiles(self.open, "image {}".format, lambda k: f"{k in self.broken}")
 
     def open(self, k):
         if len(self.opened) == self.stop:
@@ -186,7 +227,7 @@ class Files:
         return io.BytesIO(BROKEN if k in self.broken else jpeg(k))
 
     def find(self, image_ids):
-        found = find_unreadable(self.photographs, image_ids, "toy")
+        found = find_unreadable(self.files, image_ids, "toy")
         assert all(why.startswith(f"image {k}: ") for k, why in found.items())
         return sorted(found)
 
@@ -249,14 +290,16 @@ def test_all_resolutions_share_a_check(cache, tmp_path, monkeypatch):
     assert sizes == [CHECK_PIXELS] * 6  # an image each, and not a row
 
 
-def test_a_fault_of_the_machine_is_not_the_images(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", ["EMFILE", "ENOMEM", "EACCES", "ESTALE", "ETIMEDOUT"])
+def test_a_fault_of_the_machine_is_not_the_images(cache, tmp_path, monkeypatch, number):
+    """It stops the check, and nothing about the image is kept: it may be read the next time."""
     make_coco(tmp_path)
 
-    def no_handles(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
+    def fail(*_):
+        raise OSError(getattr(errno, number), "no fault of the image's")
 
-    monkeypatch.setattr(decoding, "decode", no_handles)
-    with pytest.raises(OSError, match="Too many"):
+    monkeypatch.setattr(decoding, "decode", fail)
+    with pytest.raises(OSError, match="no fault"):
         load_target("coco", "train", data_dir=tmp_path)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

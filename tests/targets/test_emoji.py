@@ -12,8 +12,6 @@ from targets.emoji import (
     STYLES,
     captions_of,
     emoji_pixels,
-    keyword_captions,
-    keywords,
     list_emoji,
     render,
     with_article,
@@ -53,21 +51,6 @@ def test_giraffe_captions(drawings):
     assert "a giraffe, flat emoji" in captions_of(flat)
     assert "a giraffe, outlined emoji" in captions_of(outlined)
     assert "an outlined drawing of a giraffe" in captions_of(outlined)
-
-
-def test_keywords_say_something_else_than_the_name(drawings):
-    known = keywords()
-    assert {"fruit", "monkey"} <= set(known["1F34C"])  # a banana
-    spoken = {drawing: keyword_captions(drawing) for drawing in drawings}
-    assert sum(map(bool, spoken.values())) > 0.6 * len(drawings)
-    for drawing, captions in spoken.items():
-        words = known.get(drawing.code.replace("-FE0F", ""), [])
-        rest = [w for w in words if w not in (drawing.name, drawing.alias)]
-        assert bool(captions) == (len(rest) >= 3)
-        for caption in captions:
-            assert any(word in caption for word in rest)
-            assert caption not in captions_of(drawing)
-    assert spoken == {drawing: keyword_captions(drawing) for drawing in drawings}
 
 
 @pytest.mark.parametrize(

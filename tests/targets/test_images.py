@@ -1,8 +1,10 @@
 """Targets by name; every row has its own image; rows without are dropped and counted."""
 
+import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_data import BROKEN, jpeg, make_coco, make_folder, number_in, png_of, write
+from small_data import (
+    BROKEN,
+    jpeg,
+    make_coco,
+    make_folder,
+    make_shards,
+    make_tsv,
+    number_in,
+    png_of,
+    write,
+)
 
 from common.errors import UserError
 from targets import __main__ as command
 from targets.decoding import Unreadable
-from targets.images import CaptionedImages, load_target, spread
+from targets.images import CaptionedImages, evenly_spaced, load_target
 
 
 @pytest.fixture
@@ -91,10 +103,11 @@ def test_rows_of_broken_files_are_dropped_whatever_is_read_first(tmp_path, order
         images = data.images(some)
         assert images.shape[1:] == (3, 16, 16) and images.dtype == torch.float32
         assert [number_in(image) for image in images] == data.image_ids[some].tolist()
-    assert set(data.skipped) == {2, 3, 4, 5} and data.notes == {"image missing": 2}
+    assert set(data.skipped) == {2, 3, 4, 5} and list(data.notes.values()) == [2]
     assert "pixels" in data.skipped[5]
     report = data.report()
-    assert "14 rows; 4 unreadable images skipped" in report and "image missing: 2" in report
+    assert "14 rows; 4 unreadable images skipped" in report
+    assert "image missing (first 'COCO_train2014_000000000007.jpg'; " in report
     assert "train2014/COCO_train2014_000000000002.jpg" in report and "\n" not in report
 
 
@@ -155,6 +168,126 @@ def test_emoji_know_more_wordings_than_their_rows_have():
     assert sum(emoji.captions[k] in captions for k in set(numbers.tolist())) > 45
 
 
+# ---- what the rows are ----
+
+
+def identities(folder: Path) -> dict[str, str]:
+    """The identity of small targets in every layout, each below `folder`."""
+    found = {}
+    for target in ("coco", "cc3m", str(folder / "mine")):
+        for data_dir in (folder, folder / "shards") if target == "cc3m" else (folder,):
+            data = load_target(target, "train", data_dir=data_dir)
+            found[f"{Path(target).name} {data_dir.name}"] = data.identity()
+    return found
+
+
+@pytest.fixture
+def layouts(tmp_path, cache):
+    make_coco(tmp_path, images=4)
+    make_tsv(tmp_path, rows=4)
+    make_shards(tmp_path / "shards", rows=4)
+    rows = [*((f"train/{k}.jpg", f"picture {k}") for k in range(4)), ("validation/9.jpg", "x")]
+    make_folder(tmp_path / "mine", rows)
+    return tmp_path
+
+
+def test_an_identity_is_the_rows_alone(layouts, monkeypatch, tmp_path):
+    """Not the process's folder, the way to the data, the resolution, nor how often it is read."""
+    before = identities(layouts)
+    assert len(set(before.values())) == 4 == len(before)
+    monkeypatch.chdir(layouts / "mine")
+    assert load_target(".", "train").identity() == before[f"mine {tmp_path.name}"]
+    monkeypatch.chdir(layouts)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    assert [*identities(Path("shards") / "..").values()] == [*before.values()]
+    large = load_target("coco", "train", data_dir=layouts, resolution=128)
+    assert large.identity() == before[f"coco {tmp_path.name}"]
+    annotations = layouts / "annotations" / "captions_train2014.json"
+    content = json.loads(annotations.read_bytes())
+    content["images"].reverse()  # which gives images other numbers, and rows nothing else
+    write(annotations, json.dumps(content))
+    os.utime(annotations, ns=(0, 0))
+    assert identities(layouts) == before
+
+
+def touch(path: Path) -> None:
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    write(path, path.read_text().replace(old, new, 1))
+
+
+def reverse(path: Path) -> None:
+    write(path, "\n".join(reversed(path.read_text().splitlines())))
+
+
+def other_bytes(path: Path) -> None:
+    write(path, path.read_bytes() + b"\0")
+
+
+CHANGES = {
+    "coco caption": lambda f: edit(f / "annotations/captions_train2014.json", "picture 1", "a"),
+    "coco image": lambda f: other_bytes(f / "train2014" / "COCO_train2014_000000000003.jpg"),
+    "coco time": lambda f: touch(f / "train2014" / "COCO_train2014_000000000000.jpg"),
+    "mine rows reversed": lambda f: reverse(f / "mine" / "metadata.jsonl"),
+    "mine caption": lambda f: edit(f / "mine" / "metadata.jsonl", "picture 3", "picture 4"),
+    "mine image": lambda f: other_bytes(f / "mine" / "train" / "2.jpg"),
+    "mine name": lambda f: (
+        edit(f / "mine" / "metadata.jsonl", "train/2", "train/7"),
+        (f / "mine" / "train" / "2.jpg").rename(f / "mine" / "train" / "7.jpg"),
+    ),
+    "mine image gone": lambda f: (f / "mine" / "train" / "0.jpg").unlink(),
+    "cc3m caption": lambda f: [
+        edit(path, "picture 1 ", "picture 7 ")
+        for path in (f / "Train_GCC-training.tsv", f / "train" / "00000" / "000000001.txt")
+    ],
+    "cc3m image": lambda f: other_bytes(f / "train" / "00000" / "000000003.jpg"),
+    "shards time": lambda f: touch(f / "shards" / "train" / "00001.tar"),
+    "shards renamed": lambda f: (f / "shards/train/00001.tar").rename(f / "shards/train/00003.tar"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_change_of_a_target_alone_changes_its_identity(layouts, change):
+    before = identities(layouts)
+    CHANGES[change](layouts)
+    after = identities(layouts)
+    other = {name for name in before if before[name] != after[name]}
+    assert len(other) == 1 and change.split()[0] in other.pop()
+
+
+def test_without_states_files_may_be_copied(layouts):
+    def identity() -> str:
+        return load_target(str(layouts / "mine"), "train").identity(states=False)
+
+    before = identity()
+    for path in (layouts / "mine").rglob("*.jpg"):
+        touch(path)
+    assert identity() == before
+    reverse(layouts / "mine" / "metadata.jsonl")
+    assert identity() != before
+
+
+def test_parts_of_a_target_have_identities_of_their_own():
+    emoji = load_target("emoji", "validation")
+    parts = [emoji, emoji.take([3, 4]), emoji.take([4, 3]), load_target("emoji", "train")]
+    parts += [load_target("emoji", "validation", seed=1), numbered([0, 1]), numbered([1, 0])]
+    assert len({part.identity() for part in parts}) == len(parts)
+    assert emoji.take([4, 3]).take([1, 0]).identity() == emoji.take([3, 4]).identity()
+    assert numbered([0, 1]).identity() == numbered([0, 1]).identity()
+    names = [name for name, _ in emoji.stamps()]
+    assert len(set(names)) == len(emoji) and names[0].endswith((" flat", " outlined"))
+
+
+def test_an_image_of_other_pixels_is_another_one_where_nothing_else_is_known():
+    data = numbered([0, 1, 2])
+    other = replace(data, read=lambda row: data.read(row) + np.uint8(row == 1))
+    changed = [one != two for one, two in zip(data.stamps(), other.stamps(), strict=True)]
+    assert changed == [False, True, False] and data.identity() != other.identity()
+
+
 # ---- a target by name ----
 
 
@@ -168,8 +301,8 @@ def test_limit_takes_rows_spread_over_the_target():
 
 
 @given(st.integers(1, 50), st.none() | st.integers(1, 60))
-def test_spread(rows, limit):
-    got = spread(rows, limit)
+def test_evenly_spaced(rows, limit):
+    got = evenly_spaced(rows, limit)
     assert len(got) == min(rows, limit or rows) and sorted(set(got)) == got
     assert got[0] == 0 and got[-1] < rows
     assert max(np.diff([*got, rows])) - min(np.diff([*got, rows])) <= 1

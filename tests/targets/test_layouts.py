@@ -1,11 +1,11 @@
 """COCO, CC3M and folders on disk: every caption beside its own image, every fault in one line."""
 
+import csv
 import hashlib
 import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,15 +13,17 @@ from small_data import (
     jpeg,
     make_coco,
     make_folder,
+    make_shard,
     make_shards,
     make_tsv,
     number_in,
+    sample,
     write,
 )
 
 from common.errors import UserError
 from targets.images import CaptionedImages, load_target
-from targets.layouts import MAX_CAPTION_CHARACTERS, safe_name, validation_images
+from targets.layouts import MAX_CAPTION_CHARACTERS, safe_name, splits_of
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +75,17 @@ def test_coco_without_some_images_or_captions(tmp_path):
     write(captions_file(tmp_path), json.dumps(content))
     data = load_target("coco", "train", data_dir=tmp_path)
     assert numbers(data) == shown(data) == [0, 2, 4, 5, 0, 2, 3, 4, 5]
-    assert data.notes == {"image missing": 3, "caption empty": 1}
+    gone, *others = data.notes.items()
+    assert gone[0].startswith("image missing (first 'COCO_train2014_000000000001.jpg'; ")
+    assert gone[1] == 2 and dict(others) == {"caption empty": 1, "image not listed": 1}
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["not UTF-8 JSON"]),
-        (b'{"images": [}', ["not UTF-8 JSON", "line 1"]),
-        (b'{"images": [], "annotations": "\xe9"}', ["not UTF-8 JSON", "0xe9"]),
+        (b"", ["not JSON"]),
+        (b'{"images": [}', ["not JSON", "line 1"]),
+        (b'{"images": [], "annotations": "\xe9"}', ["not UTF-8", "line 1", "0xe9"]),
         (b"[1, 2]", ["COCO's layout"]),
         (b'{"images": [{"id": 1}], "annotations": []}', ["COCO's layout", "file_name"]),
         (b'{"images": [], "annotations": []}', ["no captioned images", "no rows"]),
@@ -94,7 +98,7 @@ def test_coco_without_some_images_or_captions(tmp_path):
             b'{"images": [{"id": 1, "file_name": "../x.jpg"}], "annotations": []}',
             ["../x.jpg", "refused"],
         ),
-        (b"[" * 100_000, ["not UTF-8 JSON"]),
+        (b"[" * 100_000, ["not JSON"]),
     ],
 )
 def test_a_bad_file_of_coco_captions(content, words, tmp_path):
@@ -107,9 +111,68 @@ def test_coco_without_any_image(tmp_path):
     make_coco(tmp_path, images=2)
     for path in (tmp_path / "train2014").iterdir():
         path.unlink()
-    refused("coco", tmp_path, "no captioned images", "image missing: 4")
+    refused("coco", tmp_path, "no captioned images", "train2014 has no files): 4")
     (tmp_path / "train2014").rmdir()
     refused("coco", tmp_path, "train2014", "--download")
+
+
+# ---- text, in every layout ----
+
+MARK = b"\xef\xbb\xbf"  # a byte-order mark
+
+
+def marked(path: Path) -> None:
+    write(path, MARK + path.read_bytes())
+
+
+@pytest.mark.parametrize("layout", ["coco", "tsv", "shards", "jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(layout, tmp_path):
+    target, data_dir = {"coco": "coco", "tsv": "cc3m", "shards": "cc3m"}.get(layout, ""), tmp_path
+    if layout == "coco":
+        make_coco(tmp_path, images=3)
+        marked(captions_file(tmp_path))
+    elif layout == "tsv":
+        make_tsv(tmp_path, rows=3)
+        marked(tmp_path / "Train_GCC-training.tsv")
+        for path in tmp_path.rglob("*.txt"):
+            marked(path)
+    elif layout == "shards":
+        files = sample(0) | sample(1)
+        files["000000000.txt"] = MARK + files["000000000.txt"]
+        make_shard(tmp_path / "train" / "0.tar", files)
+    else:
+        rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
+        make_folder(tmp_path, rows)
+        if layout == "csv":
+            (tmp_path / "metadata.jsonl").unlink()
+            lines = ["file_name,text", *map(",".join, rows)]
+            write(tmp_path / "metadata.csv", "\n".join(lines))
+        marked(tmp_path / f"metadata.{layout}")
+        target = str(tmp_path)
+    data = load_target(target, "train", data_dir=data_dir)
+    assert numbers(data) == shown(data) and data.captions[0].startswith("picture")
+    assert not data.notes
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_what_ends_a_line_and_what_does_not(end, tmp_path):
+    texts = [f"picture {k}\u2028by\x85the\x0bsea" for k in range(4)]
+    for k in range(4):
+        write(tmp_path / "train" / "00000" / f"{k:09d}.jpg", jpeg(k))
+        write(tmp_path / "mine" / "train" / f"{k}.jpg", jpeg(k))
+    write(tmp_path / "mine" / "validation" / "5.jpg", jpeg(5))
+    tsv = [f"{text}\thttp://x" for text in texts]
+    write(tmp_path / "Train_GCC-training.tsv", end.join(tsv))
+    names = [*(f"train/{k}.jpg" for k in range(4)), "validation/5.jpg"]
+    rows = [
+        json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+        for name, text in zip(names, [*texts, "x"], strict=True)
+    ]
+    write(tmp_path / "mine" / "metadata.jsonl", end.join(rows).replace("\x0b", "\\u000b"))
+    for target in ("cc3m", str(tmp_path / "mine")):
+        data = load_target(target, "train", data_dir=tmp_path)
+        assert data.captions == [f"picture {k} by the sea" for k in range(4)]
+        assert shown(data) == [0, 1, 2, 3]
 
 
 # ---- cc3m, TSV and folder ----
@@ -121,7 +184,9 @@ def test_a_row_of_the_tsv_belongs_to_the_image_of_its_number(tmp_path):
         (tmp_path / "train" / "00000" / f"{k:09d}.jpg").unlink()
     data = load_target("cc3m", "train", data_dir=tmp_path)
     assert numbers(data) == shown(data) == [1, 2, 4, 5, 6, 7]
-    assert data.captions[0] == "picture 1 , by the sea" and data.notes == {"image missing": 2}
+    assert data.captions[0] == "picture 1 , by the sea"
+    ((reason, count),) = data.notes.items()
+    assert count == 2 and "(first '000000000.jpg'; " in reason and "'000000001.jpg'" in reason
     assert len(load_target("cc3m", "validation", data_dir=tmp_path)) == 8
 
 
@@ -171,7 +236,7 @@ def test_a_tsv_without_its_images(tmp_path):
     write(tmp_path / "Train_GCC-training.tsv", "a caption\thttp://x\n")
     refused("cc3m", tmp_path, "train/", "--download")
     (tmp_path / "train").mkdir()
-    refused("cc3m", tmp_path, "image missing: 1")
+    refused("cc3m", tmp_path, "image missing (first '000000000.jpg'; ", "00000 has no files): 1")
 
 
 def test_shards_come_before_the_tsv(tmp_path):
@@ -223,19 +288,111 @@ def test_a_folder_is_split_by_hash_and_by_image(tmp_path):
 
 @given(st.lists(st.text("ab/.", min_size=1, max_size=6), min_size=2, max_size=40, unique=True))
 def test_both_parts_have_images_and_membership_is_the_names_alone(names):
-    held_out = validation_images(names)
-    assert held_out.any()
-    again = validation_images(names[::-1])[::-1]
-    assert np.array_equal(held_out, again)
-    large = [*names, *(f"c{k}" for k in range(200))]
-    if held_out.sum() > 1:  # more images move none of those that were held out
-        assert np.array_equal(validation_images(large)[: len(names)], held_out)
+    splits = splits_of(names)
+    assert set(splits) <= {"train", "validation"} and "validation" in splits
+    assert splits == splits_of(names[::-1])[::-1]
+    if splits.count("validation") > 1:  # more images move none of those that were held out
+        assert splits_of([*names, *(f"c{k}" for k in range(200))])[: len(names)] == splits
 
 
 def test_about_a_tenth_is_held_out():
-    assert validation_images([f"{k}.png" for k in range(20_000)]).mean() == pytest.approx(
-        0.1, abs=0.01
-    )
+    splits = splits_of([f"{k}.png" for k in range(20_000)])
+    assert splits.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_third_folder_is_in_neither_split(tmp_path):
+    """By hash, some of `validation/` would be trained on."""
+    rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
+    make_folder(tmp_path, [*rows, ("test/3.jpg", "picture 3"), ("4.jpg", "picture 4")])
+    for split, number in (("train", 1), ("validation", 2)):
+        data = load_target(str(tmp_path), split)
+        assert numbers(data) == [number]
+        assert data.notes == {"image in neither train/ nor validation/": 2}
+
+
+def test_a_csv_is_read_like_jsonl(tmp_path):
+    texts = {0: "picture 0, in\na column", 1: 'picture 1, "quoted"', 2: "picture 2, ü一"}
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)  # which ends lines with CRLF
+        rows.writerow(["id", "text", "file_name"])
+        for k, text in texts.items():
+            rows.writerow([k, text, f"{k}.jpg"])
+        file.write("\r\n")
+    for part in ("train", "validation"):
+        write(tmp_path / part / "metadata.csv", (tmp_path / "rows.csv").read_bytes())
+        for k in texts:
+            write(tmp_path / part / f"{k}.jpg", jpeg(k))
+    for part in ("train", "validation"):
+        data = load_target(str(tmp_path), part)
+        assert data.captions == [" ".join(text.split()) for text in texts.values()]
+        assert shown(data) == [0, 1, 2] and not data.notes
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["no rows"]),
+        (b"file_name;text\n0.jpg;a\n", ["line 2", "has file_name;text", "needs file_name"]),
+        (b"file_name,caption\n0.jpg,a\n", ["text missing", "file_name, caption): 1"]),
+        (b"file_name,text\n0.jpg\n", ["caption empty: 1"]),
+        (b"file_name,text\n0.jpg,caf\xe9\n", ["line 2", "0xe9", "UTF-8"]),
+        (b"file_name,text\n0.jpg,'" + b"x" * 200_000 + b"\n", ["after line 1", "field"]),
+    ],
+)
+def test_a_bad_csv(content, words, tmp_path):
+    write(tmp_path / "0.jpg", jpeg(0))
+    write(tmp_path / "metadata.csv", content)
+    refused(tmp_path, None, "metadata.csv", *words)
+
+
+def test_a_parquet_file_is_said_to_be_one(tmp_path):
+    write(tmp_path / "train" / "metadata.parquet", b"PAR1")
+    refused(tmp_path, None, "no metadata.jsonl or metadata.csv", "it has train;", "read_parquet")
+
+
+@pytest.mark.parametrize(
+    ("listed", "there", "words"),
+    [
+        ("1.png", "1.PNG", ["first '1.png'", "has '1.PNG'"]),
+        ("\u00e4.jpg", "a\u0308.jpg", [r"first '\xe4.jpg'", r"has 'a\u0308.jpg'"]),
+        ("train/1.jpg", "1.jpg", ["first 'train/1.jpg'", "train/train has no files"]),
+        ("1.jpg", "images/1.jpg", ["first '1.jpg'", "train has 'images', 'metadata.jsonl'"]),
+    ],
+)
+def test_a_name_that_is_not_there_is_shown_beside_those_that_are(listed, there, words, tmp_path):
+    for part in ("train", "validation"):
+        make_folder(tmp_path / part, [("9.jpg", "picture 9")])
+    row = json.dumps({"file_name": listed, "text": "picture 1"})
+    write(tmp_path / "train" / "metadata.jsonl", row)
+    (tmp_path / "train" / "9.jpg").unlink()
+    write(tmp_path / "train" / there, jpeg(1))
+    refused(tmp_path, None, "image missing", *words)
+
+
+@given(
+    faults=st.lists(st.sampled_from(["", "gone", "empty", "no text", "third"]), max_size=30),
+    cut=st.integers(0, 2),
+)
+def test_every_row_is_used_or_counted(tmp_path_factory, faults, cut):
+    folder = tmp_path_factory.mktemp("counted")
+    faults = [*faults, ""]
+    lines = [json.dumps({"file_name": "validation/0.jpg", "text": "x"})]
+    write(folder / "validation" / "0.jpg", jpeg(0))
+    for k, fault in enumerate(faults):
+        name = f"{'test' if fault == 'third' else 'train'}/{k}.jpg"
+        if fault != "gone":
+            write(folder / name, b"" if k < cut and not fault and k + 1 < len(faults) else jpeg(k))
+        text = {} if fault == "no text" else {"text": " " if fault == "empty" else f"picture {k}"}
+        lines.append(json.dumps({"file_name": name} | text))
+    write(folder / "metadata.jsonl", "\n".join(lines))
+    data = load_target(str(folder), "train")
+    assert len(data) + len(data.skipped) + sum(data.notes.values()) == len(faults)
+    assert len(data) + len(data.skipped) == faults.count("")
+    kinds = {"gone": "image missing", "empty": "caption empty", "no text": "text missing"}
+    for fault, reason in (kinds | {"third": "image in neither"}).items():
+        counted = [count for note, count in data.notes.items() if note.startswith(reason)]
+        assert sum(counted) == faults.count(fault)
+    assert numbers(data) == shown(data)
 
 
 def test_names_that_mean_the_same_file_are_one_image(tmp_path):
@@ -253,15 +410,17 @@ def test_names_that_mean_the_same_file_are_one_image(tmp_path):
         (b'\n\n{"file_name": "0.jpg", "text": "caf\xe9"}\n', ["line 3", "0xe9", "UTF-8"]),
         (b'["0.jpg", "a"]\n', ["line 1", "file_name", "text"]),
         (b'{"file_name": "0.jpg", "text": ["a"]}\n', ["line 1", "text"]),
-        (b'{"text": "a"}\n', ["line 1", "file_name 'None' is refused"]),
+        (b'{"caption": "a", "image": 3}\n', ["line 1", "caption, image", "needs file_name"]),
+        (b'{"file_name": null, "text": "a"}\n', ["line 1", "file_name 'None' is refused"]),
         (b'{"file_name": "../0.jpg", "text": "a"}\n', ["line 1", "'../0.jpg' is refused"]),
         (b'{"file_name": "a/../../0.jpg", "text": "a"}\n', ["refused"]),
         (b'{"file_name": "/etc/passwd", "text": "a"}\n', ["'/etc/passwd' is refused"]),
         (b'{"file_name": "C:/x.jpg", "text": "a"}\n', ["refused"]),
         (b'{"file_name": "a\\\\0.jpg", "text": "a"}\n', ["refused", "with /"]),
         (b'{"file_name": "a\\u0000.jpg", "text": "a"}\n', ["refused"]),
-        (b'{"file_name": "0.jpg"}\n', ["caption empty: 1"]),
-        (b'{"file_name": "9.jpg", "text": "a"}\n', ["image missing: 1"]),
+        (b'{"file_name": "0.jpg", "caption": "a"}\n', ["text missing", "file_name, caption): 1"]),
+        (b'{"file_name": "0.jpg", "text": null}\n', ["caption empty: 1"]),
+        (b'{"file_name": "9.jpg", "text": "a"}\n', ["image missing (first '9.jpg'; ", "'0.jpg'"]),
         (b"[" * 100_000, ["line 1", "not JSON"]),
     ],
 )
@@ -274,7 +433,7 @@ def test_bad_metadata(content, words, tmp_path):
 def test_a_folder_without_metadata(tmp_path):
     refused(tmp_path, None, "no metadata.jsonl", '{"file_name": ')
     make_folder(tmp_path / "train", rows_of(2))
-    refused(tmp_path, None, "validation/metadata.jsonl")
+    refused(tmp_path, None, "validation/; it has train;")
 
 
 @given(st.text())
@@ -312,6 +471,6 @@ def test_long_and_odd_captions(tmp_path):
     make_folder(tmp_path / "validation", [("0.jpg", "x")])
     data = load_target(str(tmp_path), "train")
     assert data.captions[0] == ("word " * 10_000)[:MAX_CAPTION_CHARACTERS]
-    assert data.captions[1:] == ["a b\x00c", "lone ? surrogate"]
+    assert data.captions[1:] == ["a b c", "lone ? surrogate"]
     assert data.notes == {"caption clipped": 1, "caption empty": 1}
     assert "caption clipped: 1" in data.report()

@@ -1,10 +1,12 @@
 """Webdataset shards: found again at their offsets, indexed once, again when they change."""
 
+import io
 import os
 import tarfile
 
 import pytest
-from small_data import BROKEN, jpeg, make_shard, make_shards, number_in, sample
+from PIL import Image
+from small_data import BROKEN, colour, jpeg, make_shard, make_shards, number_in, sample
 
 from common.errors import UserError
 from targets import shards
@@ -67,6 +69,31 @@ def test_what_is_left_out_is_counted(tmp_path):
         "caption missing or not UTF-8": 2,
         "image missing": 1,
         "caption empty": 1,
+    }
+
+
+def test_every_sample_is_used_or_counted(tmp_path):
+    """A link, a file without its partner, a key twice, a kind that Pillow reads as well."""
+    path = tmp_path / "train" / "0.tar"
+    gif, notes = Image.new("RGB", (40, 30), colour(0)), io.BytesIO()
+    gif.save(notes, "GIF")
+    files = {"a.gif": notes.getvalue(), "a.txt": b"picture 0", "only.json": b"{}", "README": b""}
+    make_shard(path, files | sample(1) | {"b.jpg": jpeg(2), "c.xyz": b"no sample's file"})
+    with tarfile.open(path, "a") as archive:
+        for name, content in sample(1).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name in ("d.jpg", "e"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(link)
+    data = load_target("cc3m", "train", data_dir=tmp_path)
+    assert [number_in(image) for image in data.images([0, 1])] == [0, 1] and len(data) == 2
+    assert data.notes == {
+        "image missing": 2,  # of only.json and of the link d.jpg
+        "caption missing or not UTF-8": 1,
+        "file twice": 3,
     }
 
 
