@@ -49,21 +49,15 @@ from dataclasses import replace
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from tqdm import tqdm
 
-import losses
 from common.randomness import step_generator
 from gates import ArchSpace, Layer, inside
 from macs import MacsModel, check_budget, meet_budget
 from problem import Problem, taylor_importance
-from prune_unet import attach_gates, gated_module
+from prune_unet import gated_module
 from router import PromptRouter
-from targets.images import CaptionedImages, spread
-from teacher.encoded import encode_target
-from teacher.model import Teacher, add_noise
 from train import CHECKPOINT, optimise
 
-DISTANCE_ROWS = 512  # rows of a split over which `output_distances` averages
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
@@ -262,51 +256,6 @@ def routed_uni(problem: Problem, router: PromptRouter) -> Tensor:
     """
     router.start_codes(problem.z, seed=problem.cfg.seed)
     return uni_arch(problem, router).repeat(problem.cfg.num_experts, 1)
-
-
-# ---- controls ----
-
-
-@torch.no_grad()
-def output_distances(
-    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Tensor, macs: MacsModel
-) -> dict[str, float]:
-    """Mean squared distance to the teacher's output, before any fine-tuning, over some rows.
-
-    `distance` is that of each prompt's own expert. Its controls: `distance_exchanged`, of the next
-    expert instead; `distance_static`, of one code for all, made of the codes' mean.
-
-    Args:
-        data: a split; `DISTANCE_ROWS` of its rows, spread evenly, are used.
-        codes: binary codes, (N, D).
-        experts: expert of each row of the split, (rows,).
-    """
-    rows = torch.tensor(spread(len(data), DISTANCE_ROWS))  # (n,)
-    encoded = encode_target(teacher, data.take(rows.tolist()))
-    N, own = len(codes), experts[rows]  # (n,)
-    shares = torch.bincount(own, minlength=N).double() / len(own)  # (N,)
-    mean = (shares[:, None] * codes.double()).sum(0, keepdim=True).float()  # (1, D)
-    budget = (shares @ macs(codes)).item() / macs.dense
-    found = {"distance": codes[own]}  # gates of each row, (n, D)
-    if N > 1:
-        static = meet_budget(mean, torch.ones(1), macs, budget)
-        found["distance_exchanged"] = codes[(own + 1) % N]
-        found["distance_static"] = static[torch.zeros_like(own)]
-    totals, gates = dict.fromkeys(found, 0.0), attach_gates(teacher.unet, macs.space)
-    try:
-        parts = torch.arange(len(rows)).split(64)
-        for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
-            generator = step_generator(0, "distance", step)
-            inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
-            gates.set_gates(None)
-            expected = teacher.unet(**inputs).sample
-            for name, gated in found.items():
-                gates.set_gates(gated[part].to(teacher.device))
-                output = teacher.unet(**inputs).sample
-                totals[name] += losses.output_distillation_loss(output, expected).sum().item()
-    finally:
-        gates.detach()
-    return {name: total / len(rows) for name, total in totals.items()}
 
 
 METHODS: dict[str, Callable[[Problem, PromptRouter], Tensor]] = {

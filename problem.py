@@ -278,6 +278,7 @@ def write_results(
     *,
     codes: Tensor | None = None,
     method: str = "aptp",
+    given: dict[str, Tensor] | None = None,
 ) -> None:
     """Route every prompt as at test time, make the codes binary, and write the run's results.
 
@@ -290,11 +291,12 @@ def write_results(
         seconds: time of each stage.
         codes: binary codes of another method, (N, D); if absent, the router's, made binary.
         method: its name.
+        given: for a control, the expert of each row by split, whatever the router says.
     """
     assert cfg.out
     run, macs, data = cfg.out, problem.macs, problem.data
     z_validation = problem.encoder(problem.validation.captions)
-    routed = {
+    routed = given or {
         split: torch.cat([router.route(part).cpu() for part in z.split(8192)])
         for split, z in (("train", problem.z), ("validation", z_validation))
     }

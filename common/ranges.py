@@ -67,7 +67,7 @@ RANGES = {
     "steps": COUNT,
     "guidance": WEIGHT,
     "seeds": COUNT,
-    "finetune_steps": COUNT,
+    "finetune_steps": NUMBER,
     "text_tokens": COUNT,
     # all
     "resolution": PIXELS,
