@@ -71,14 +71,14 @@ class Config(Scoring, Pruning):
     }
     out: Path | None = None
     """Folder; runs/compare-<target>-<budget> if not given."""
-    methods: str = "aptp,uni-arch,sp,dense"
+    methods: str = "aptp"
     """Names with commas between; variants such as aptp:no-center."""
     seeds: int = 1
     """Runs of each method, seeds --seed, --seed + 1, ..."""
     finetune_steps: int | None = None
     """Steps of each of APTP's experts; 0: as cut; by target."""
     protocol: str = "all"
-    """Equal steps: expert (each expert's, paper), all (a method's), both."""
+    """Equal steps of an expert (expert: paper), in all (all), both."""
     distances_only: bool = False
     """No images: distances to the teacher and routing alone."""
 

@@ -4,9 +4,10 @@
     python evaluate.py --run runs/emoji-0.64 --exchanged
     python evaluate.py --run runs/coco-base --metrics paper
 
-Captions of both splits go to their experts, every image has a seed of its own, and the unpruned
-teacher gets the same captions and seeds. After a kill, the same command generates what is missing.
-`compare.py` does this for several methods. Departures: docs/departures.md.
+Captions of both splits, one of each real image, go to their experts. Every image has a seed of its
+own, and the unpruned teacher gets the same captions and seeds. After a kill, the same command
+generates what is missing. `compare.py` does this for several methods. Departures:
+docs/departures.md.
 """
 
 from __future__ import annotations
@@ -65,10 +66,9 @@ class Scoring:
     """How images of a run are generated and scored."""
 
     images: int | None = None
-    """Images of each split, one a real image; by default all validation images, at
-    most 30,000, and 250 training images (paper: COCO 30,000, CC3M 14,000)."""
+    """Of each split; 250, and of validation all, to 30,000 (paper)."""
     metrics: str = "embedded"
-    """embedded: EfficientNet-Lite0; paper: FID, CLIP score, CMMD at 256 px."""
+    """embedded: EfficientNet-Lite0; paper: FID, CLIP, CMMD of 256 px."""
     steps: int = 25
     """Denoising steps (paper: 25)."""
     guidance: float | None = None
@@ -268,7 +268,7 @@ def last_batch(
     others = torch.randperm(len(captions), generator=step_generator(seed, "train", step)).tolist()
     others = others[: max(0, settings.get("transport_rows", 0) - len(rows))]  # as `train.optimise`
     router, z = pipeline.router, pipeline.encoder([captions[row] for row in rows + others])
-    e = router(z.to(router.own.device))  # (B + P, D)
+    e = router(z.to(router.predictor.weight.device))  # (B + P, D)
     eps, iterations = settings["eps"], settings["sinkhorn_iterations"]
     return rows, router.transport_assignment(e, eps, iterations)[: len(rows)].tolist()
 

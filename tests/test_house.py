@@ -38,7 +38,7 @@ def arrows(source: str) -> set[str]:
 
 
 def test_the_top_level_is_the_paper_in_short_modules():
-    assert 12 <= len(TOP) <= 14, TOP
+    assert 12 <= len(TOP) <= 15, TOP
     lines = {name: len(source.splitlines()) for name, source in MODULES.items()}
     assert not {name: count for name, count in lines.items() if count > 350}
 

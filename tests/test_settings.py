@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+import compare
 import evaluate
 import finetune
 import plan
@@ -32,6 +33,7 @@ CONFIGS: dict[Any, Any] = {  # a script's module -> its configuration
     finetune: Finetuning,
     sample: sample.Config,
     evaluate: evaluate.Config,
+    compare: compare.Config,
     prune_unet: plan.Table,
     describe: describe.Config,
     pretrain: pretrain.Config,
@@ -41,7 +43,7 @@ ANY = {"open_logit"}
 MAY_BE_ZERO = ANY | {
     "warmup_steps", "transport_rows", "lr_warmup", "lr_decay", "predictor_rate", "weight_decay",
     "lambda_distill", "block_weight", "lambda_res", "lambda_cont", "caption_dropout", "seed",
-    "expert", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
+    "expert", "finetune_steps", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
     "noisy_share", "text_noise", "sentence_share", "latent_noise", "moment_weight", "edge_weight",
     "square_weight", "vae_ema_decay", "unet_ema_decay",
 }  # fmt: skip
@@ -133,7 +135,8 @@ def script(monkeypatch, tmp_path, capsys):
         (train, "prepare"),
         (finetune, "load_teacher"),
         (sample.APTPPipeline, "from_pretrained"),
-        (evaluate, "prepare"),
+        (evaluate.APTPPipeline, "from_pretrained"),
+        (compare, "prepare"),
         (pretrain, "load_target"),
         (model_card, "load_teacher"),
     ):

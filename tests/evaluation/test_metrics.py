@@ -11,14 +11,6 @@ import pytest
 import torch
 from cleanfid import fid as cleanfid_fid
 from cleanfid.resize import build_resizer
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from common.errors import UserError
-from evaluation import features, metrics
 from evaluation.features import (
     Extractor,
     ImageFiles,
@@ -27,6 +19,14 @@ from evaluation.features import (
     load_extractor,
     resize,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+from evaluation import features, metrics
 from evaluation.metrics import frechet_distance, mmd, nmi, r_precision, unit
 from targets.images import load_target
 
