@@ -43,9 +43,9 @@ ANY = {"open_logit"}
 MAY_BE_ZERO = ANY | {
     "warmup_steps", "transport_rows", "lr_warmup", "lr_decay", "predictor_rate", "weight_decay",
     "lambda_distill", "block_weight", "lambda_res", "lambda_cont", "caption_dropout", "seed",
-    "expert", "finetune_steps", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
+    "expert", "alpha_ddpm", "alpha_distill", "guidance", "guidances", "guidance_scale",
     "noisy_share", "text_noise", "sentence_share", "latent_noise", "moment_weight", "edge_weight",
-    "square_weight", "vae_ema_decay", "unet_ema_decay",
+    "square_weight", "vae_ema_decay", "unet_ema_decay", "finetune_steps",
 }  # fmt: skip
 HUGE = 2**70
 
