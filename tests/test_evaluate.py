@@ -324,3 +324,28 @@ def test_nonsense_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=words) as refused:
             evaluate.evaluate(dataclasses.replace(SMALL, **options))
         assert "\n" not in str(refused.value)
+
+
+def test_real_images_are_read_at_the_size_that_the_suite_asks_for(run, monkeypatch):
+    """Never larger than the teacher's own, and the autoencoder's at that."""
+    seen: list[tuple[str, int]] = []
+
+    class Suite:
+        pixels = 32
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, images, real) -> dict[str, float]:
+            seen.append((type(images).__name__, real.images([0]).shape[-1]))
+            assert images.images([0]).shape[-1] == 64
+            return {}
+
+    monkeypatch.setattr(evaluate, "DISTANCE_ROWS", 2)
+    monkeypatch.setitem(evaluate.SUITES, "paper", Suite)
+    evaluate.score(dataclasses.replace(SMALL, images=2, metrics="paper"), run)
+    assert seen == [("GeneratedImages", 32), ("GeneratedImages", 32), ("Reconstructed", 32)] * 2
+    del seen[:]
+    Suite.pixels = 256
+    evaluate.score(dataclasses.replace(SMALL, images=2, metrics="paper", dense=False), run)
+    assert seen == [("GeneratedImages", 64)] * 2
