@@ -111,7 +111,7 @@ class Refitting:
                 continue
             module, width = gated_module(unet, layer)
             units = code[layer.span].cpu().nonzero().flatten()
-            kept = channels_of_units(units, width // layer.units).to(module.weight.device)
+            kept = channels_of_units(units, width // layer.units).to(unet.device)
             stream, solve = partial(self.keep_stream, layer), partial(self.solve, layer, kept)
             self.hooks += [
                 stream_module(unet, layer).register_forward_pre_hook(stream),

@@ -280,6 +280,7 @@ def write_results(
     *,
     codes: Tensor | None = None,
     method: str = "aptp",
+    given: dict[str, Tensor] | None = None,
 ) -> None:
     """Route every prompt as at test time, make the codes binary, and write the run's results.
 
@@ -291,12 +292,13 @@ def write_results(
         seconds: time of each stage.
         codes: binary codes of another method, (N, D); if absent, the router's, made binary.
         method: its name.
+        given: for a control, the expert of each row by split, whatever the router says.
     """
     cfg = setup.cfg
     assert cfg.out
     run, macs = cfg.out, setup.macs
     z_validation = setup.encoder(setup.validation.captions)
-    routed = {
+    routed = given or {
         split: torch.cat([router.route(part).cpu() for part in z.split(8192)])
         for split, z in (("train", setup.z), ("validation", z_validation))
     }

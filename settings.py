@@ -7,9 +7,9 @@ default is that of the embedded target. Whole instances with other values are th
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 from common.errors import UserError
 from common.files import check_writable
@@ -257,8 +257,11 @@ def resolve(cfg: Pruning) -> Pruning:
     return replace(cfg, out=out)
 
 
-def read_pruning(arguments: list[str], description: str | None) -> Pruning:
-    """`Pruning` from arguments; a preset, or the target, sets what the others do not."""
+P = TypeVar("P", bound=Pruning)
+
+
+def read_with_preset(config: type[P], arguments: list[str], description: str | None) -> P:
+    """A configuration from arguments; a preset, or the target, sets what the others do not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     preset, rest = parser.parse_known_args(arguments)
@@ -267,4 +270,5 @@ def read_pruning(arguments: list[str], description: str | None) -> Pruning:
     if preset.preset is not None:
         check_choice("preset", preset.preset, PRESETS)
         start = PRESETS[preset.preset]
-    return read_options(Pruning, description, rest, start)
+    shared = {field.name: getattr(start, field.name) for field in fields(Pruning)}
+    return read_options(config, description, rest, config(**shared))

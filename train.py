@@ -55,7 +55,7 @@ from macs import MacsModel, budget_shift
 from prune_unet import BlockRecorder, GateHandle, attach_gates
 from router import PromptRouter
 from run import Setup, as_json, check_resumable, prepare, write_results
-from settings import Pruning, read_pruning, resolve
+from settings import Pruning, read_with_preset, resolve
 from targets.images import check_target
 from teacher.model import Noised, Teacher
 
@@ -102,18 +102,15 @@ class PruningStep:
         """
         cfg, router, (B, N) = self.cfg, self.router, (len(z), self.cfg.num_experts)
         e = router(z)  # (B, D), Eq. 4
-        noise = self.noise(B, generator)  # (B, D)
-        logits, code_noise = e, noise
-        if not warmup:
-            if experts is None:
-                experts = router.assign(  # (B,), Eqs. 7, 20
-                    e, eps=cfg.eps, iterations=cfg.sinkhorn_iterations, transport=cfg.transport
-                )
-            logits = router.codes_of(experts)  # (B, D), Eqs. 8, 21
-            code_noise = self.noise(N, generator)[experts]  # (B, D)
-        shift = self.hold_budget(logits + code_noise)
+        if not warmup and experts is None:
+            experts = router.assign(  # (B,), Eqs. 7, 20
+                e, eps=cfg.eps, iterations=cfg.sinkhorn_iterations, transport=cfg.transport
+            )
+        logits = e if experts is None else router.codes_of(experts)  # (B, D), Eqs. 8, 21
+        noise = gumbel_noise(e.shape, generator=generator, device=e.device)  # (B, D)
+        shift = self.hold_budget(logits + noise)
         e_prime = gumbel_sigmoid(e + shift, cfg.gumbel_temp, noise=noise)  # (B, D), Eq. 12
-        a = gumbel_sigmoid(logits + shift, cfg.gumbel_temp, noise=code_noise)  # (B, D), Eq. 9
+        a = gumbel_sigmoid(logits + shift, cfg.gumbel_temp, noise=noise)  # (B, D), Eq. 9
         denoising, distillation, dL_da = self.image_losses(a, batch, experts)  # Eqs. 1, 27
         mean_cost = self.cost(a).mean()  # T(A) = sum_i B_i / B T(a_i)
         resource, lambda_res = self.weighted_resource(mean_cost, a, dL_da)  # Eq. 26
@@ -141,11 +138,6 @@ class PruningStep:
             "lambda_res": lambda_res,
             "perplexity": perplexity(torch.arange(B) if experts is None else experts.cpu()),
         }
-
-    def noise(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Gumbel noise, (rows, D), on the router's device."""
-        shape, device = (rows, self.cost.space.size), self.router.codes.device
-        return gumbel_noise(shape, generator=generator, device=device)
 
     def hold_budget(self, noisy_logits: Tensor) -> float:
         """Move the router so that T(A) = T_d: by how much e and all codes have risen, a number."""
@@ -346,7 +338,7 @@ def optimizer_of(router: PromptRouter, cfg: Pruning) -> torch.optim.AdamW:
 
 
 def main() -> None:
-    cfg = read_pruning(sys.argv[1:], __doc__)
+    cfg = read_with_preset(Pruning, sys.argv[1:], __doc__)
     if cfg.dry_run:
         from bench.plan import plan
 

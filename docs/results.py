@@ -1,18 +1,19 @@
-"""The comparison's finished cells, kept in `docs/results/`, as a table and a curve.
+"""The comparisons' finished cells, kept in `docs/results/`, as tables and a curve.
 
-    python -m docs.results --keep runs      # copy what `evaluate.py --methods ...` has finished
+    python -m docs.results --keep runs      # copy the cells that `compare.py` has finished
     python -m docs.results                  # write docs/results/tables.md and curve.svg
 
-A cell is a run folder, `compare-emoji-0.5/aptp-0@100` say: of 0.5 of the MACs, seed 0, each expert
-fine-tuned for 100 steps. Of each its scores and its summary are kept. A comparison with settings of
-its own (`evaluate.py --out runs/compare-emoji-4-experts-0.5`) gets a table of its own.
+`cells.jsonl` has a line for each cell, with the name of its comparison's folder. A comparison with
+settings of its own (`compare.py --out runs/compare-emoji-4-experts-0.5`) gets a table of its own.
+Cells and ablations of earlier versions lie in folders, a file or two for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,13 @@ from tabulate import tabulate
 
 from common.errors import UserError, command_line
 from common.files import read_json, replacing
-from evaluate import METHODS
+from compare import METHODS, key_of, read_cells
 from evaluation.figures import sheet
-from evaluation.tables import aggregate, collect, markdown
+from evaluation.tables import BEFORE, aggregate, markdown, rows_of
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 100  # an expert, by the paper's protocol
 BUDGET = 0.5  # where methods differ
-KEPT = ("summary.json", "report/metrics.json")
-LADDER = {  # heading -> key, digits
-    "distance ↓": ("distance", 4),
-    "exchanged": ("distance_exchanged", 4),
-    "one code": ("distance_static", 4),
-    "soft MACs ratio": ("soft_ratio", 3),
-    "agreement": ("agreement", 3),
-    "perplexity": ("perplexity", 2),
-}
 PANELS = (
     ("distance", "distance to the teacher, not fine-tuned"),
     ("r1", f"R@1, {STEPS} fine-tuning steps an expert"),
@@ -45,28 +37,65 @@ PANELS = (
 )
 
 
+def kept_cells() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The cells in cells.jsonl, by comparison, method, seed and steps."""
+    path = RESULTS / "cells.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(cell["comparison"], *key_of(cell)): cell for cell in map(json.loads, lines)}
+
+
 def keep(runs: Path) -> int:
-    """Copy the finished cells of all comparisons below `runs`: how many there are."""
-    found = sorted(runs.glob("compare-*/*@*/report/metrics.json"))
-    for path in found:
-        cell = path.parent.parent
-        for name in KEPT:
-            target = RESULTS / cell.parent.name / cell.name / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cell / name, target)
+    """Add the finished cells of all comparisons below `runs` to cells.jsonl: how many there are."""
+    found = {
+        (folder.name, *key): cell | {"comparison": folder.name}
+        for folder in sorted(runs.glob("compare-*"))
+        for key, cell in read_cells(folder).items()
+    }
+    lines = [
+        json.dumps(cell, ensure_ascii=False) + "\n"
+        for _, cell in sorted((kept_cells() | found).items())
+    ]
+    with replacing(RESULTS / "cells.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
     return len(found)
+
+
+def earlier_cells() -> Iterator[dict[str, Any]]:
+    """The cells of earlier versions: `compare-emoji-0.5/aptp-0@100/report/metrics.json`."""
+    for path in sorted(RESULTS.glob("compare-*/*@*/report/metrics.json")):
+        run = path.parent.parent
+        name, steps = run.name.rsplit("@", 1)
+        method, seed = name.rsplit("-", 1)
+        own = (method, f"{method}-exchanged")  # the latter is a control: wrong experts
+        yield {
+            "comparison": run.parent.name,
+            "method": method,
+            "seed": int(seed),
+            "finetune_steps": int(steps),
+            "steps_in_all": int(steps) * read_json(run / "summary.json")["num_experts"],
+            "scores": [row for row in read_json(path)["rows"] if row["method"] in own],
+        }
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands among those of its comparison."""
+    method = row["method"].removesuffix("-exchanged")
+    base = method.partition(":")[0]
+    number = METHODS.index(base) if base in METHODS else len(METHODS)
+    wrong = row["method"] != method
+    return row["split"], row["steps_in_all"], number, method, wrong, row["seed"]
 
 
 def cells() -> list[dict[str, Any]]:
     """The scores of all kept cells, each with its budget, variant and steps an expert."""
     rows = []
-    for folder in sorted(RESULTS.glob("compare-*")):
-        _, _target, *variant, budget = folder.name.split("-")
+    for cell in [*kept_cells().values(), *earlier_cells()]:
+        _, _target, *variant, budget = cell["comparison"].split("-")
         where = {"variant": " ".join(variant), "budget": float(budget)}
-        rows += [row | where for row in collect(folder, METHODS)]
+        rows += [row | where for row in rows_of([cell])]
     if not rows:
         raise UserError(f"there is no cell in {RESULTS}; --keep runs copies finished ones")
-    return rows
+    return sorted(rows, key=place_of)
 
 
 def curve(rows: list[dict[str, Any]]) -> Figure:
@@ -76,7 +105,7 @@ def curve(rows: list[dict[str, Any]]) -> Figure:
     """
     figure, panels = sheet(12, 3.6, ncols=3)
     rows = [row for row in rows if row["split"] == "train" and not row["variant"]]
-    usual = by_comparison([row for row in rows if row["steps"] == STEPS])
+    usual = by_comparison([row for row in rows if row["finetune_steps"] == STEPS])
     macs = [(budget, line) for (_, budget), at in usual.items() for line in aggregate(at)]
     at_budget = aggregate([row for row in rows if row["budget"] == BUDGET])
     steps = [(line["steps_in_all"], line) for line in at_budget if line["method"] != "dense"]
@@ -128,7 +157,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def ladders() -> list[str]:
-    """A table of each budget's rows that `docs.ladder` has measured: one seed, then several."""
+    """A table of each budget's ablations of earlier versions: one seed, then several."""
     parts = []
     for folder in sorted(RESULTS.glob("ladder-*")):
         found: dict[str, list[dict[str, Any]]] = {}
@@ -145,7 +174,7 @@ def ladders() -> list[str]:
 
 
 def ladder(title: str, found: dict[str, list[dict[str, Any]]]) -> str:
-    """Rows of the ladder, each with its seeds, as a table in the order of distances."""
+    """Ablations, each with its seeds, as a table in the order of distances."""
 
     def cell(rows: list[dict[str, Any]], key: str, digits: int) -> str:
         values = [row[key] for row in rows if key in row]
@@ -158,10 +187,10 @@ def ladder(title: str, found: dict[str, list[dict[str, Any]]]) -> str:
         return statistics.fmean(row["distance"] for row in found[name])
 
     lines = [
-        [name, len(found[name]), *(cell(found[name], key, n) for key, n in LADDER.values())]
+        [name, len(found[name]), *(cell(found[name], key, n) for key, (_, n) in BEFORE.items())]
         for name in sorted(found, key=distance)
     ]
-    heads = ["row", "seeds", *LADDER]
+    heads = ["row", "seeds", *(heading for heading, _ in BEFORE.values())]
     return f"### {title}\n\n{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n"
 
 

@@ -13,17 +13,18 @@ from __future__ import annotations
 import csv
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
-
-OLD_COLUMNS = {"usage": "perplexity"}  # names in the metrics.csv of older runs
 
 
 def shorten(text: str, most: int) -> str:
@@ -32,20 +33,28 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
-    """The most frequent of the words that are over twice as common here as in the target.
+@cache
+def word_pattern() -> re.Pattern[str]:
+    """Three letters or more of any script, each with its marks, such as accents and vowel signs."""
+    marks = [chr(c) for c in range(sys.maxunicode) if unicodedata.category(chr(c))[0] == "M"]
+    return re.compile(rf"(?:[^\W\d_][{''.join(marks)}]*){{3,}}")
 
-    Words have three letters or more. Equally frequent words are in alphabetical order.
+
+def frequent_words(captions: Sequence[str], everything: Sequence[str], count: int = 6) -> list[str]:
+    """The most frequent of the words that are over twice as common here as in the data set.
+
+    Equally frequent words are in alphabetical order.
 
     Args:
         captions: of the expert; they are among `everything`.
-        everything: the target's captions.
+        everything: the data set's captions.
         count: the largest number of words to return.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     def word_shares(lines: Sequence[str]) -> dict[str, float]:
-        words = Counter(w for line in lines for w in set(re.findall(r"[a-z]{3,}", line.lower())))
+        plain = (unicodedata.normalize("NFC", line).lower() for line in lines)
+        words = Counter(word for line in plain for word in set(word_pattern().findall(line)))
         ranked = sorted(words.items(), key=lambda item: (-item[1], item[0]))
         return {word: n / len(lines) for word, n in ranked}
 
@@ -133,17 +142,11 @@ def group_costs(routed: Routed, ratios: Sequence[float]) -> list[GroupCost]:
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """A metrics.csv as column -> values, (steps,). Raises `UserError` where it holds none.
-
-    Columns of older runs get their present names.
-    """
+    """A metrics.csv as column -> values, (steps,). Raises `UserError` where it holds none."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {
-            OLD_COLUMNS.get(name, name): np.array([float(row[name]) for row in rows])
-            for name in rows[0]
-        }
+        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     except (OSError, IndexError, TypeError, ValueError):
         raise UserError(
             f"{path} is missing, empty or damaged: name the folder of a finished run"

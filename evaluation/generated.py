@@ -1,8 +1,7 @@
 """Generated images of captions, made once and kept on disk for the scores and figures. App. E.3.
 
-There is one folder for each split, each maker (the experts or the teacher), and each hash of all
-that an image depends on. After a kill, the same command generates what is missing; with other
-experts or another seed, it starts another folder.
+There is one folder for each hash of all that its images depend on. After a kill, the same command
+generates what is missing; other experts or another seed mean another folder.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,52 +21,9 @@ from tqdm import tqdm
 
 from common.files import read_json, replacing, write_json
 from common.randomness import step_generator
-from evaluation.features import ImageFiles
+from evaluation.images import read_images
 
-
-class HasImages(Protocol):
-    """What a call of a pipeline returns."""
-
-    @property
-    def images(self) -> list[Image.Image]: ...
-
-
-class Pipeline(Protocol):
-    """What generates images: a teacher with its experts, or a teacher alone."""
-
-    def identity(self, expert: int | None) -> list[str]:
-        """What its images depend on beside prompt, seed and settings, as checksums."""
-
-    def route(self, prompts: Sequence[str]) -> list[int]:
-        """The expert of each prompt."""
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        expert: int | None,
-        num_inference_steps: int,
-        guidance_scale: float | None,
-    ) -> HasImages:
-        """One image a prompt, by one expert (-1: the teacher)."""
-
-
-@dataclass(frozen=True)
-class Exchanged:
-    """A pipeline that sends each prompt to the expert after its own: a control."""
-
-    pipeline: Pipeline
-    num_experts: int
-
-    def identity(self, expert: int | None) -> list[str]:
-        return ["exchanged", *self.pipeline.identity(expert)]
-
-    def route(self, prompts: Sequence[str]) -> list[int]:
-        return [(i + 1) % self.num_experts for i in self.pipeline.route(prompts)]
-
-    def __call__(self, prompts: Sequence[str], **settings: Any) -> HasImages:
-        return self.pipeline(prompts, **settings)
+Pipeline = Callable[..., Any]  # called as `sample.APTPPipeline` is: its result has `images`
 
 
 @dataclass(frozen=True)
@@ -82,6 +38,13 @@ class Sampling:
     """Every image's seed is a function of this one and its row."""
     batch_size: int = 50
     """Images generated at once."""
+
+    def images(
+        self, pipeline: Pipeline, prompts: list[str], seeds: list[int], experts: list[int]
+    ) -> list[Image.Image]:
+        """An image for each prompt, by its expert; -1 is the teacher."""
+        settings = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        return pipeline(prompts, seeds=seeds, expert=experts, **settings).images
 
 
 @dataclass(frozen=True)
@@ -105,8 +68,7 @@ class GeneratedImages:
 
     def images(self, positions: Sequence[int] | Tensor) -> Tensor:
         """The images at `positions` of `rows`, (B, 3, H, W), float32 in [-1, 1]."""
-        paths = [self.path(self.rows[int(position)]) for position in positions]
-        return ImageFiles(paths).images(range(len(paths)))
+        return read_images([self.path(self.rows[int(position)]) for position in positions])
 
     def costs(self, ratios: Sequence[float]) -> dict[str, Any]:
         """How many there are, and what one took on average: MACs ratio and seconds.
@@ -143,62 +105,55 @@ def image_seed(seed: int, row: int) -> int:
     return int(torch.randint(2**31, (), generator=step_generator(seed, "drawing", row)))
 
 
-def identity(pipeline: Pipeline, sampling: Sampling, expert: int | None) -> str:
-    """What images depend on beside caption and row, as a short hash."""
-    parts = (sampling.steps, sampling.guidance, sampling.seed, expert, pipeline.identity(expert))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+def folder_name(split: str, who: str, sampling: Sampling, checksums: Sequence[str]) -> str:
+    """The folder of images, by a hash of what they depend on beside caption, row and expert.
+
+    Args:
+        who: what the experts are called that generate them.
+        checksums: of all weights.
+    """
+    parts = (sampling.steps, sampling.guidance, sampling.seed, list(checksums))
+    return f"{split}-{who}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def generate(
     pipeline: Pipeline,
-    base: Path,
+    folder: Path,
     captions: Sequence[str],
-    split: str,
     rows: list[int],
+    experts: list[int],
     sampling: Sampling,
-    expert: int | None,
 ) -> GeneratedImages:
     """Generate the images of `rows` that are not there yet.
 
     Args:
-        base: the folder of all generated images.
+        folder: of these images.
         captions: all of the split's.
-        split: its name.
         rows: those to generate.
-        expert: -1 for the teacher, None for the router's choice.
+        experts: the expert of each of them; -1 is the teacher.
     """
-    who = "teacher" if expert == -1 else "routed"
-    folder = base / f"{split}-{who}-{identity(pipeline, sampling, expert)}"
     record = folder / "images.json"  # row -> caption, expert, seconds; written after the image
     done: dict[str, tuple[str, int, float]] = read_json(record) if record.exists() else {}
-    todo = [row for row in rows if done.get(str(row), ("",))[0] != captions[row]]
-    if expert is None:
-        chosen = pipeline.route([captions[row] for row in todo]) if todo else []
-    else:
-        chosen = [expert] * len(todo)
-    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"images, {who}, {split}")
-    for i in sorted(set(chosen)):
-        group = [row for row, choice in zip(todo, chosen, strict=True) if choice == i]
-        for start in range(0, len(group), sampling.batch_size):
-            part = group[start : start + sampling.batch_size]
-            clock = time.time()
-            images = pipeline(
-                [captions[row] for row in part],
-                seeds=[image_seed(sampling.seed, row) for row in part],
-                expert=i,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-            ).images
-            seconds = (time.time() - clock) / len(part)
-            for row, image in zip(part, images, strict=True):
-                save_png(image, folder / f"{row:06d}.png")
-                done[str(row)] = (captions[row], i, seconds)
-            write_json(record, done)
-            bar.update(len(part))
+    todo = [
+        (i, row)
+        for i, row in sorted(zip(experts, rows, strict=True))  # so that a batch has few experts
+        if list(done.get(str(row), ()))[:2] != [captions[row], i]
+    ]
+    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"images, {folder.name}")
+    for start in range(0, len(todo), sampling.batch_size):
+        part = todo[start : start + sampling.batch_size]
+        prompts = [captions[row] for _, row in part]
+        seeds = [image_seed(sampling.seed, row) for _, row in part]
+        clock = time.time()
+        images = sampling.images(pipeline, prompts, seeds, [i for i, _ in part])
+        seconds = (time.time() - clock) / len(part)
+        for (i, row), image in zip(part, images, strict=True):
+            save_png(image, folder / f"{row:06d}.png")
+            done[str(row)] = (captions[row], i, seconds)
+        write_json(record, done)
+        bar.update(len(part))
     bar.close()
-    entries = [done[str(row)] for row in rows]
-    experts, times = [i for _, i, _ in entries], [seconds for *_, seconds in entries]
-    return GeneratedImages(folder, rows, experts, times)
+    return GeneratedImages(folder, rows, experts, [done[str(row)][2] for row in rows])
 
 
 def examples(
@@ -229,19 +184,12 @@ def through_each_expert(
     pipeline: Pipeline, prompts: Sequence[str], sampling: Sampling, ratios: Sequence[float]
 ) -> list[Example]:
     """The same prompts through every expert and the teacher, all from one seed."""
-
-    def images_by(expert: int) -> list[Image.Image]:
-        return pipeline(
-            prompts,
-            seeds=[sampling.seed] * len(prompts),
-            expert=expert,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-        ).images
-
-    dense = images_by(-1)
+    pairs = [(i, prompt) for i in range(-1, len(ratios)) for prompt in prompts]
+    names, experts = [prompt for _, prompt in pairs], [i for i, _ in pairs]
+    images = sampling.images(pipeline, names, [sampling.seed] * len(pairs), experts)
+    dense = dict(zip(prompts, images, strict=False))  # the teacher comes first
     return [
-        Example(prompt, i, ratio, image, teacher)
-        for i, ratio in enumerate(ratios)
-        for prompt, image, teacher in zip(prompts, images_by(i), dense, strict=True)
+        Example(prompt, i, ratios[i], image, dense[prompt])
+        for (i, prompt), image in zip(pairs, images, strict=True)
+        if i >= 0
     ]

@@ -2,40 +2,32 @@
 
 | function | what it measures | source |
 |---|---|---|
-| `fid` | distance of generated from real images, Inception's features | Heusel et al. 2017 |
-| `clip_score` | whether an image shows its caption | Hessel et al. 2021 |
-| `cmmd` | distance of generated from real images, CLIP's features | Jayasumana et al. 2024 |
-| `pick_score` | what people would prefer | Kirstain et al. 2023 |
-| `frechet_distance`, `mmd` | the distances in FID and CMMD, of any features | as above |
+| `frechet_distance` | FID, of Inception's features | Heusel et al. 2017 |
+| `mmd` | CMMD, of CLIP's features, scaled to length 1 | Jayasumana et al. 2024 |
+| `clip_scores` | whether an image shows its caption | Hessel et al. 2021 |
+| `pick_scores` | what people would prefer | Kirstain et al. 2023 |
 | `r_precision` | whether an image looks like its caption's own image | Xu et al. 2018 |
 | `nmi`, `shuffled_nmi` | what two labelings share, and the same by chance | scikit-learn |
 | `style_classifier` | which style an image has | - |
 
-Each metric is given its extractor (`features.py`). Features of one set serve several metrics:
+All are given features (`extractors.py`). The first two are distances of sets, generated from real;
+the next three have a value for each sample. Distances grow as sets shrink, so compare sets of the
+same sizes only: in EfficientNet-Lite0's features the Frechet distance of 1,744 real emoji from
+1,744 others is 86, of 500 from 500 it is 245, of 154 from 154 it is 453 (of 154 images by the
+pocket teacher from the real ones 796).
 
-    a, b = extract(extractor, real_images), extract(extractor, generated_images)
-    frechet_distance(a, b), mmd(unit(a), unit(b), EMBEDDED_SIGMA)
-
-Both distances grow as sets shrink, so compare sets of the same sizes only: in EfficientNet-Lite0's
-features the Frechet distance of 1,744 real emoji from 1,744 others is 86, of 500 from 500 it is
-245, of 154 from 154 it is 453 (of 154 images by the pocket teacher from the real ones 796).
-
-Departures from the paper:
-- Where the paper's extractors cannot be had, `efficientnet-lite0` stands in, and a distance is no
-  FID or CMMD; R-precision takes the place of the CLIP score.
-- CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but linear: it compares means.
-  `EMBEDDED_SIGMA` is about the distance between two emoji (the median is 1.17), so that the MMD of
-  the embedded features sees more than means. They are scaled to length 1 as CMMD's are, so that
-  distances lie between 0 and 1.41 and one bandwidth fits any target.
-- R-precision compares images with images, not with captions, and by cosine: 85 of 100 emoji were
-  found again after the pocket teacher's autoencoder, 82 by Euclidean distance.
+Where the paper's extractors cannot be had, `efficientnet-lite0` stands in, and a distance is no FID
+or CMMD; R-precision takes the place of the CLIP score (docs/departures.md). It compares images with
+images, and by cosine: 85 of 100 emoji were found again after the pocket teacher's autoencoder, 82
+by Euclidean distance. CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but
+linear: it compares means. `EMBEDDED_SIGMA` is about the distance between two emoji (the median is
+1.17), so that the MMD of the embedded features sees more than means.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +35,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.randomness import step_generator
-from evaluation.features import Extractor, ImageRows, extract, image_folder, load_extractor
 
 EMBEDDED_SIGMA = 1.0  # bandwidth of `mmd` for unit-length EfficientNet features; see the header
-
-FID_EXTRACTORS = {"clean": "inception", "legacy_pytorch": "inception-legacy"}  # by clean-fid's mode
 
 CHUNK = 2048  # rows of a distance matrix at once
 
@@ -133,70 +122,26 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features, dim=1)
 
 
-# ---- the paper's metrics ----
+# ---- scores of single samples ----
 
 
-def fid(
-    real: Tensor | ImageRows | Path,
-    generated: Tensor | ImageRows | Path,
-    mode: str = "clean",
-    extractor: Callable[[Tensor], Tensor] | None = None,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Frechet Inception distance, Heusel et al. 2017, by either recipe of clean-fid.
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each row of a and the same row of b, (n, d) each -> (n,)."""
+    return (unit(a) * unit(b)).sum(1)
+
+
+def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
+    """100 max(0, cosine of image and caption), Hessel et al. 2021, without their w = 2.5.
 
     Args:
-        real, generated: images, (n, 3, H, W) or by row, or a folder of them.
-        mode: `clean`, or `legacy_pytorch` as in pytorch-fid (what the paper's code takes).
-        extractor: instead of the mode's own.
-        device: of the mode's own extractor.
-
-    Raises:
-        ValueError: the mode is unknown.
-        UserError: Inception's weights are not here and cannot be fetched, or a folder is empty.
+        images, captions: features by the same CLIP, (n, d) each; the paper's is `clip-vit-b-32`.
     """
-    if mode not in FID_EXTRACTORS:
-        raise ValueError(f"mode must be one of {', '.join(FID_EXTRACTORS)}, got {mode}")
-    network = extractor or load_extractor(FID_EXTRACTORS[mode], device)
-    sets = [image_folder(s) if isinstance(s, Path) else s for s in (real, generated)]
-    return frechet_distance(extract(network, sets[0]), extract(network, sets[1]))
+    return 100 * cosines(images, captions).clamp(min=0)
 
 
-def cmmd(real: Tensor | ImageRows, generated: Tensor | ImageRows, extractor: Extractor) -> float:
-    """MMD of CLIP embeddings, Jayasumana et al. 2024; theirs are those of `clip-vit-l-14-336`."""
-    return mmd(unit(extract(extractor, real)), unit(extract(extractor, generated)))
-
-
-def caption_cosines(
-    images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor, batch: int = 64
-) -> Tensor:
-    """Cosine between each image and its own caption, (n,).
-
-    Raises:
-        ValueError: there are not as many captions as images.
-        UserError: the extractor reads no captions.
-    """
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images but {len(captions)} captions")
-    parts = [captions[start : start + batch] for start in range(0, len(captions), batch)]
-    texts = torch.cat([extractor.texts(part) for part in parts])  # (n, d)
-    return (unit(texts) * unit(extract(extractor, images, batch))).sum(1)
-
-
-def clip_score(images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor) -> float:
-    """Mean of 100 max(0, cosine of image and caption), Hessel et al. 2021, without their w = 2.5.
-
-    The paper's extractor is `clip-vit-b-32`.
-    """
-    return 100 * caption_cosines(images, captions, extractor).clamp(min=0).mean().item()
-
-
-def pick_score(images: Tensor | ImageRows, captions: Sequence[str], extractor: Extractor) -> float:
-    """Mean of `pickscore`'s learned scale times the cosine of image and prompt, Kirstain et al."""
-    return extractor.scale * caption_cosines(images, captions, extractor).mean().item()
-
-
-# ---- whether an image looks like its caption's own ----
+def pick_scores(images: Tensor, captions: Tensor, scale: float) -> Tensor:
+    """`pickscore`'s learned scale times the cosine of image and prompt, Kirstain et al. 2023."""
+    return scale * cosines(images, captions)
 
 
 def r_precision(
@@ -205,12 +150,12 @@ def r_precision(
     truth: Tensor,
     k: int = 1,
     pools: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
-) -> float:
-    """Share of samples whose own real image is among the k nearest by cosine, R-precision@k.
+) -> Tensor:
+    """Of each sample, whether its own real image is among the k nearest by cosine, 0 or 1, (n,).
 
-    After Xu et al. 2018, who rank captions. Where other images are exactly as near as the own one
-    (some flags look the same), the sample counts by the probability that the own image is among the
-    first k when equally near images are put in a random order.
+    R-precision@k is the mean, after Xu et al. 2018, who rank captions. Where other images are
+    exactly as near as the own one (some flags look the same), a sample counts by the probability
+    that the own image is among the first k when equally near images are put in a random order.
 
     Args:
         features: of the samples, (n, d).
@@ -234,15 +179,15 @@ def r_precision(
     gallery_labels = torch.tensor([number[label] for label in gallery_pool])  # (m,)
     if not torch.equal(sample_labels, gallery_labels[truth]):
         raise ValueError("a sample's own image has another label than the sample")
-    gallery, hits = unit(gallery), 0.0
+    gallery, hits = unit(gallery), []
     for rows in torch.arange(len(features)).split(CHUNK):
         cosine = unit(features[rows]) @ gallery.T  # (chunk, m)
         own = cosine.gather(1, truth[rows, None])  # (chunk, 1)
         rivals = sample_labels[rows, None] == gallery_labels
         nearer = (rivals & (cosine > own + TIED)).sum(1)  # (chunk,)
         tied = (rivals & ((cosine - own).abs() <= TIED)).sum(1)  # at least 1: the own image
-        hits += ((k - nearer) / tied).clamp(0, 1).sum().item()
-    return hits / len(features)
+        hits.append(((k - nearer) / tied).clamp(0, 1))
+    return torch.cat(hits)
 
 
 # ---- labels ----
@@ -269,7 +214,7 @@ def shuffled_nmi(
 def style_classifier(features: Tensor, labels: Sequence[str]) -> Any:
     """A logistic regression from standardised features (n, d) to `labels` (n).
 
-    Returns a scikit-learn pipeline with `predict` and `score`.
+    Returns a scikit-learn pipeline with `predict`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -279,6 +224,7 @@ def style_classifier(features: Tensor, labels: Sequence[str]) -> Any:
     return classifier.fit(features.numpy(), list(labels))
 
 
-def style_accuracy(classifier: Any, features: Tensor, labels: Sequence[str]) -> float:
-    """Share of features (n, d) to which a `style_classifier` gives their label."""
-    return float(classifier.score(features.numpy(), list(labels)))
+def style_hits(classifier: Any, features: Tensor, labels: Sequence[str]) -> Tensor:
+    """Of each of the features (n, d), whether a `style_classifier` gives it its label, (n,)."""
+    predicted = classifier.predict(features.numpy())
+    return torch.tensor([float(a == b) for a, b in zip(predicted, labels, strict=True)])

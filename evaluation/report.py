@@ -34,11 +34,11 @@ from evaluation.analysis import (
 )
 from evaluation.generated import Example
 from evaluation.grids import save_figure
-from evaluation.tables import MEASURES
+from evaluation.tables import SCORES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
-HEADS = {key: heading for key, (heading, _) in MEASURES.items()} | {"nmi": "NMI"}
+HEADS = {key: heading for key, (heading, _) in SCORES.items()} | {"nmi": "NMI"}
 
 
 @dataclass(frozen=True)

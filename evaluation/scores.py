@@ -1,35 +1,86 @@
-"""Which scores a set of generated images gets: the embedded suite, or the paper's. App. E.3."""
+"""Which scores a set of generated images gets: the embedded suite, or the paper's. App. E.3.
+
+A suite compares generated images with the real ones of the same captions. Of real images, and of
+what the autoencoder makes of them, features are computed once and kept on disk, under a hash of the
+pixels. Scores of single captions come beside those of a set, for tests that pair captions.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from common.cache import kept_rows, rows_key
+from common.files import fingerprint
 from evaluation import metrics
-from evaluation.features import ImageRows, extract, load_extractor
+from evaluation.extractors import extract, load_extractor
+from evaluation.images import ImageRows, resize, to_pixels
 from evaluation.metrics import EMBEDDED_SIGMA
 from targets.images import CaptionedImages, evenly_spaced
 from teacher.model import Teacher
 
+PAPER_PIXELS = 256  # both sets go through this size before any network's own (Sec. 4, Table 1)
+TRAIN_IMAGES, VALIDATION_IMAGES = 250, 30_000  # scored at most if nothing else is said
+
+Values = dict[str, float | Tensor]  # of a set of images, or of each of its captions, (n,)
+
+
+def scored_rows(data: CaptionedImages, split: str, limit: int | None) -> list[int]:
+    """Rows to score: one caption of each image, spread over the split (App. E.3).
+
+    Args:
+        limit: how many at most; if absent, that of the paper, and 250 of the training split.
+    """
+    limit = limit or (TRAIN_IMAGES if split == "train" else VALIDATION_IMAGES)
+    firsts = np.sort(np.unique(data.image_ids, return_index=True)[1]).tolist()
+    return [firsts[k] for k in evenly_spaced(len(firsts), limit)]
+
+
+def as_row(values: Values) -> dict[str, Any]:
+    """Means over captions, and under `captions` the value of each, to three digits."""
+    means = {
+        k: torch.as_tensor(value, dtype=torch.float64).mean().item() for k, value in values.items()
+    }
+    single = {
+        name: [float(f"{number:.3g}") for number in value.tolist()]
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return means | {"captions": single}
+
 
 @dataclass(frozen=True)
 class Subset:
-    """Some rows of a target's split, read when asked for."""
+    """Some rows of a split, read when asked for."""
 
     data: CaptionedImages
-    rows: list[int]
+    rows: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def images(self, positions: Sequence[int] | Tensor) -> Tensor:
         return self.data.images([self.rows[int(position)] for position in positions])
+
+    @cached_property
+    def whole(self) -> Subset:
+        """All rows of the split."""
+        return Subset(self.data, range(len(self.data)))
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of all pixels."""
+        digest = xxhash.xxh3_128()
+        for images in self.data.batches(torch.tensor(self.rows).split(64)):
+            digest.update(f"{images.shape}".encode() + images.numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,69 +97,105 @@ class Reconstructed:
         latents = self.teacher.encode_images(self.real.images(positions))
         return self.teacher.decode_latents(latents).float().cpu()
 
+    @cached_property
+    def key(self) -> str:
+        """A hash of all pixels and of the autoencoder."""
+        return f"{self.real.key}-{fingerprint(self.teacher.pipe.vae.state_dict(), {})}"
+
+
+class Features:
+    """Features of images by several extractors, in one pass over the images.
+
+    Args:
+        pixels: a size that all images go through, if given.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, pixels: int | None) -> None:
+        self.extractors = {name: load_extractor(name, device) for name in names}
+        self.pixels = pixels
+
+    def joined(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to their features by all extractors side by side, (B, sum of d)."""
+        if self.pixels:
+            images = to_pixels(resize(images, self.pixels))
+        return torch.cat([extractor(images) for extractor in self.extractors.values()], 1)
+
+    @cached_property
+    def widths(self) -> list[int]:
+        blank = torch.zeros(1, 3, 32, 32)
+        return [extractor(blank).shape[1] for extractor in self.extractors.values()]
+
+    def __call__(self, images: ImageRows | Subset | Reconstructed) -> dict[str, Tensor]:
+        """Extractor -> features, (n, d); those of real images from the cache, or into it."""
+        if isinstance(images, Subset | Reconstructed):
+            parts = kept_rows(
+                f"features-{rows_key(str(self.pixels), images.key, lines=self.extractors)}",
+                len(images),
+                lambda batches: (self.joined(images.images(rows)) for rows in batches),
+                part=4096,
+                batch=64,
+                what="features of real images",
+            )
+            features = torch.cat(parts)
+        else:
+            features = extract(self.joined, images)
+        return dict(zip(self.extractors, features.split(self.widths, 1), strict=True))
+
 
 class Embedded:
     """Scores in the features of an extractor that comes with a package."""
 
+    pixels = None
+
     def __init__(self, device: torch.device) -> None:
-        self.extractor = load_extractor("efficientnet-lite0", device)
+        self.features = Features(("efficientnet-lite0",), device, self.pixels)
         self.classifier: Any = None  # of styles, fitted to the first split: the training images
 
-    def gallery(self, data: CaptionedImages) -> Tensor:
-        """Features of all real images of a split, (rows, d), from the cache or into it."""
-        some = data.images(evenly_spaced(len(data), 8))
-        pixels = hashlib.sha256(some.numpy().tobytes()).hexdigest()
-        parts = kept_rows(
-            f"features-{rows_key(self.extractor.name, pixels, lines=data.captions)}",
-            len(data),
-            lambda batches: (self.extractor(data.images(rows)) for rows in batches),
-            part=4096,
-            batch=64,
-            what="features of real images",
-        )
-        return torch.cat(parts)
-
-    def __call__(self, images: Tensor | ImageRows, real: Subset) -> dict[str, float]:
+    def __call__(self, images: ImageRows, real: Subset) -> Values:
         """Frechet distance and MMD to the captions' own images, R-precision, style.
 
         The last two only where the target has styles: whether the caption's own image is the
         nearest of its style, or among the nearest five, and whether a classifier sees that style.
         """
-        styles = real.data.styles
-        features = extract(self.extractor, images)
-        gallery = self.gallery(real.data) if any(styles) else torch.empty(0)
-        reference = gallery[real.rows] if any(styles) else extract(self.extractor, real)
-        found = {
+        name, styles = "efficientnet-lite0", real.data.styles
+        features, by_style = self.features(images)[name], any(styles)
+        gallery = self.features(real.whole if by_style else real)[name]
+        reference = gallery[list(real.rows)] if by_style else gallery
+        found: Values = {
             "frechet": metrics.frechet_distance(features, reference),
             "mmd": metrics.mmd(metrics.unit(features), metrics.unit(reference), EMBEDDED_SIGMA),
         }
-        if any(styles):
+        if by_style:
             if self.classifier is None:
                 self.classifier = metrics.style_classifier(gallery, styles)
-            pools = [styles[row] for row in real.rows], styles
-            found["style"] = metrics.style_accuracy(self.classifier, features, pools[0])
+            own = [styles[row] for row in real.rows]
+            found["style"] = metrics.style_hits(self.classifier, features, own)
+            truth = torch.tensor(real.rows)
             for k in (1, 5):
-                truth = torch.tensor(real.rows)
-                found[f"r{k}"] = metrics.r_precision(features, gallery, truth, k, pools)
+                found[f"r{k}"] = metrics.r_precision(features, gallery, truth, k, (own, styles))
         return found
 
 
 class Published:
     """The paper's scores: FID in both of clean-fid's modes, CLIP score and CMMD (App. E.3)."""
 
+    pixels = PAPER_PIXELS
+
     def __init__(self, device: torch.device) -> None:
         names = ("inception", "inception-legacy", "clip-vit-b-32", "clip-vit-l-14-336")
-        self.extractors = {name: load_extractor(name, device) for name in names}
+        self.features = Features(names, device, self.pixels)
 
-    def __call__(self, images: ImageRows, real: Subset) -> dict[str, float]:
+    def __call__(self, images: ImageRows, real: Subset) -> Values:
         """Scores of the images of the captions whose own images are `real`."""
-        clean, legacy, clip, large = self.extractors.values()
+        a, b = self.features(images), self.features(real)
         captions = [real.data.captions[row] for row in real.rows]
+        texts = self.features.extractors["clip-vit-b-32"].texts(captions)
+        large = metrics.unit(a["clip-vit-l-14-336"]), metrics.unit(b["clip-vit-l-14-336"])
         return {
-            "fid": metrics.fid(real, images, extractor=clean),
-            "fid_legacy": metrics.fid(real, images, extractor=legacy),
-            "clip_score": metrics.clip_score(images, captions, clip),
-            "cmmd": metrics.cmmd(real, images, large),
+            "fid": metrics.frechet_distance(a["inception"], b["inception"]),
+            "fid_legacy": metrics.frechet_distance(a["inception-legacy"], b["inception-legacy"]),
+            "clip_score": metrics.clip_scores(a["clip-vit-b-32"], texts),
+            "cmmd": metrics.mmd(*large),
         }
 
 
@@ -118,8 +205,10 @@ SUITES: dict[str, Callable[[torch.device], Embedded | Published]] = {
 }
 
 
-def in_common(data: CaptionedImages, experts: list[int], split: str) -> list[dict[str, Any]]:
-    """What experts have in common with groups and styles, where a target has them.
+def shared_information(
+    data: CaptionedImages, experts: list[int], split: str
+) -> list[dict[str, Any]]:
+    """Mutual information of experts with groups and with styles, where a target has them.
 
     Each beside the same after a shuffle, as a control.
     """

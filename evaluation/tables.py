@@ -1,4 +1,4 @@
-"""Scores of several runs as tables: mean and deviation over seeds. Tables 1, 3, 5 and 6."""
+"""Scores of several runs as tables: mean and deviation over seeds. Tables 1, 3, 5 and 6, Fig. 5."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common.files import read_json, replacing, write_json
+from common.files import replacing
 
-MEASURES = {  # of a score, where it has them: key -> heading, digits
+SCORES = {  # of a split's captions, where a row has them: key -> heading, digits
     "macs_ratio": ("MACs ratio", 3),
     "seconds": ("s/image", 3),
     "distance": ("distance ↓", 4),
@@ -29,8 +29,14 @@ MEASURES = {  # of a score, where it has them: key -> heading, digits
     "cmmd": ("CMMD ↓", 3),
     "pick_score": ("PickScore ↑", 3),
 }
+ROUTING = {  # of a run
+    "soft_ratio": ("soft MACs ratio", 3),
+    "agreement": ("agreement", 3),
+    "perplexity": ("perplexity", 2),
+}
+BEFORE = {k: v for k, v in SCORES.items() if k.startswith("distance")} | ROUTING
 
-TABLE_3 = ("uni-arch", "contrastive", "transport", "aptp")  # the ablation, in its order
+TABLE_3 = ("uni-arch", "aptp:contrastive", "aptp:transport", "aptp")  # the ablation, in its order
 
 
 def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,13 +46,13 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        cell = (row["split"], row.get("steps_in_all", 0), row["method"])
-        groups.setdefault(cell, []).append(row)
+        group = (row["split"], row.get("steps_in_all", 0), row["method"])
+        groups.setdefault(group, []).append(row)
     found = []
     for (split, steps, method), members in groups.items():
         line: dict[str, Any] = {"split": split, "method": method, "steps_in_all": steps}
         line["seeds"] = len(members)
-        for key in MEASURES:
+        for key in SCORES | ROUTING:
             values = [member[key] for member in members if key in member]
             if values:
                 line[key] = statistics.fmean(values)
@@ -55,11 +61,15 @@ def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(title: str, lines: Sequence[dict[str, Any]]) -> str:
+def markdown(
+    title: str,
+    lines: Sequence[dict[str, Any]],
+    measures: dict[str, tuple[str, int]] = SCORES,
+) -> str:
     """Aggregated lines as a Markdown table with its title."""
-    present = {key: m for key, m in MEASURES.items() if any(key in line for line in lines)}
+    present = {key: m for key, m in measures.items() if any(key in line for line in lines)}
     words = {"method": "method", "split": "split"}
-    if any(line["steps_in_all"] for line in lines):  # cells of a comparison, not of one run
+    if any(line["steps_in_all"] or line["seeds"] > 1 for line in lines):  # of a comparison
         words |= {"seeds": "seeds", "steps_in_all": "fine-tuning steps"}
 
     def cell(line: dict[str, Any], key: str, digits: int) -> str:
@@ -80,46 +90,24 @@ def markdown(title: str, lines: Sequence[dict[str, Any]]) -> str:
     return f"### {title}\n\n{table}\n"
 
 
-def as_numbers(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without what JSON cannot say: no deviation of a single seed."""
-    return [
-        {k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))}
-        for line in lines
+def rows_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores in a comparison's cells, each with what its cell says of the run."""
+    shared = ("seed", "budget", "finetune_steps", "steps_in_all", *ROUTING)
+    rows = [
+        {k: v for k, v in row.items() if k != "captions"} | {k: c[k] for k in shared if k in c}
+        for c in cells
+        for row in c["scores"]
     ]
+    return sorted(rows, key=lambda row: (row["split"], row["steps_in_all"]))
 
 
-def collect(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """The scores of all cells of a comparison so far, each with its method, seed and steps.
-
-    Args:
-        folder: of the comparison.
-        methods: every method's name, in the order of the tables.
-    """
-    rows = []
-    for path in folder.glob("*@*/report/metrics.json"):
-        run = path.parent.parent
-        name, steps = run.name.rsplit("@", 1)
-        method, seed = name.rsplit("-", 1)
-        in_all = int(steps) * read_json(run / "summary.json")["num_experts"]
-        cell = {"seed": int(seed), "steps": int(steps), "steps_in_all": in_all}
-        own = (method, f"{method}-exchanged")  # the latter is a control: wrong experts
-        rows += [row | cell for row in read_json(path)["rows"] if row["method"] in own]
-    place = {method: 2 * k for k, method in enumerate(methods)}
-    place |= {f"{method}-exchanged": k + 1 for method, k in place.items()}
-    return sorted(
-        rows, key=lambda r: (r["split"], r["steps_in_all"], place[r["method"]], r["seed"])
-    )
-
-
-def write_tables(folder: Path, methods: Sequence[str]) -> None:
-    """Write metrics.json, tables.md and tables.csv of a comparison from its cells so far."""
-    rows = collect(folder, methods)
-    lines = aggregate(rows)
-    write_json(folder / "metrics.json", {"cells": rows, "means": as_numbers(lines)})
+def write_tables(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
+    """Write tables.md and tables.csv of a comparison from its cells so far."""
+    lines = aggregate(rows_of(cells))
     scores = [line for line in lines if line["split"] != "prompts"]
     parts = {"Table 1: methods at one budget": scores}
     ablation = [line for line in scores if line["method"] in TABLE_3]
-    if {"contrastive", "transport"} & {line["method"] for line in ablation}:
+    if {"aptp:contrastive", "aptp:transport"} & {line["method"] for line in ablation}:
         ablation.sort(key=lambda line: (line["split"], TABLE_3.index(line["method"])))
         parts["Table 3: ablation"] = ablation
     if len({line["steps_in_all"] for line in scores if line["method"] != "dense"}) > 1:
@@ -127,9 +115,16 @@ def write_tables(folder: Path, methods: Sequence[str]) -> None:
             scores, key=lambda line: (line["split"], line["method"], line["steps_in_all"])
         )
     parts["Table 6: free prompts"] = [line for line in lines if line["split"] == "prompts"]
+    text = [markdown(title, part) for title, part in parts.items() if part]
+    first: dict[str, dict[str, Any]] = {}  # method -> its line with the fewest steps
+    for line in scores:
+        if line["split"] == "train" and "distance" in line:
+            first.setdefault(line["method"], line)
+    if any(":" in method for method in first):
+        ranked = sorted(first.values(), key=lambda line: line["distance"])
+        text.append(markdown("Before fine-tuning: ablations, Fig. 5", ranked, BEFORE))
     with replacing(folder / "tables.md") as temporary:
-        text = "\n".join(markdown(title, part) for title, part in parts.items() if part)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("\n".join(text), encoding="utf-8")
     keys = sorted({key for line in lines for key in line}, key=lambda key: (key != "method", key))
     with (
         replacing(folder / "tables.csv") as temporary,

@@ -345,8 +345,7 @@ def test_a_step_of_uni_arch_goes_down_its_loss(setup_of, unet):
     rows = batch_rows(len(setup.z), 6, cfg.seed, 0)
     batch = setup.noised(rows, draw)
     code = torch.full((1, space.size), cfg.open_logit, requires_grad=True)
-    gumbel_noise((6, space.size), generator=draw)  # of the prompts' embeddings
-    noise = gumbel_noise((1, space.size), generator=draw)
+    noise = gumbel_noise((6, space.size), generator=draw)
     a = torch.sigmoid((code + noise) / cfg.gumbel_temp)
     recorder, gates = BlockRecorder(unet), attach_gates(unet, space)
     expected, blocks = unet(**batch.inputs()).sample, recorder.take()

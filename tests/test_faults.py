@@ -34,7 +34,7 @@ from common import files
 from common.errors import UserError, command_line, quiet_libraries
 from common.files import load_tensors, save_tensors
 from run import prepare
-from settings import Pruning, read_pruning, resolve
+from settings import Pruning, read_with_preset, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -162,7 +162,7 @@ def watch_unpickling() -> list[str]:
 
 
 def settings(out: Path) -> Pruning:
-    return read_pruning(options(ARGUMENTS, out=out), None)
+    return read_with_preset(Pruning, options(ARGUMENTS, out=out), None)
 
 
 def options(values: dict[str, str], **paths: Path) -> list[str]:

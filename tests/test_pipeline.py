@@ -20,7 +20,6 @@ import sample
 import train
 from common.errors import UserError, command_line
 from common.files import load_tensors, read_json, save_tensors, write_json
-from docs import ladder
 from macs import measure_macs, module_macs
 from prune_unet import example_inputs, find_units, load_expert
 from run import Setup, prepare
@@ -129,26 +128,6 @@ def test_micro_batches_hold_it_alike(problem, tmp_path):
     ]
     for name in train.TERMS:
         assert np.allclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-6), name
-
-
-@pytest.mark.parametrize("row", ["aptp", "by-group", "random-clusters", "uni-arch"])
-def test_a_row_of_the_ladder_is_measured(problem, tmp_path, row):
-    """Where a control gives the clusters, they are the experts, whatever the router says."""
-    settings = ladder.ROWS[row] | {"out": tmp_path}
-    own = dataclasses.replace(problem, cfg=dataclasses.replace(problem.cfg, **settings))
-    given, found = ladder.clusters(row, own), ladder.measure(row, own)
-    assert found["soft_ratio"] == pytest.approx(SMALL.budget, rel=0.01)
-    assert found["distance"] > 0 and sum(found["shares"]) == pytest.approx(1)
-    assert ("distance_exchanged" in found) == (len(found["ratios"]) > 1)
-    assert ("agreement" in found) == (row == "aptp")
-    if given is not None:
-        shares = (torch.bincount(given) / len(given)).tolist()
-        assert found["shares"] == pytest.approx(shares)
-    if row == "by-group":
-        groups = problem.data.groups
-        assert len(found["shares"]) == len(set(groups))
-        pairs = set(zip(groups, given.tolist(), strict=True))
-        assert len(pairs) == len(set(groups))
 
 
 # ---- what comes of it ----

@@ -96,7 +96,9 @@ def test_a_layer_is_the_least_squares_solution_where_the_forward_has_come_to(une
     A = torch.cat([X, weight * torch.eye(X.shape[1], dtype=torch.float64)])
     b = torch.cat([target, weight * old.T])
     oracle = torch.linalg.lstsq(A, b).solution.T
-    assert torch.allclose(weights[name].flatten(1).double(), oracle, atol=1e-4 * oracle.abs().max().item())
+    assert torch.allclose(
+        weights[name].flatten(1).double(), oracle, atol=1e-4 * oracle.abs().max().item()
+    )
 
 
 def test_with_nothing_cut_the_weights_come_back(unet, inputs):

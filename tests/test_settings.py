@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import compare
 import pytest
 
+import compare
 import evaluate
 import finetune
 import sample
@@ -265,17 +265,17 @@ def test_presets_are_table_values_that_arguments_overrule():
         "cc3m-base": (0.85, 16),
         "cc3m-small": (0.66, 8),
     }.items():
-        cfg = settings.read_pruning(["--preset", name], None)
+        cfg = settings.read_with_preset(Pruning, ["--preset", name], None)
         assert (cfg.budget, cfg.num_experts) == (budget, experts) and cfg.target == name[:4]
-    cfg = settings.read_pruning(["--preset", "cc3m-base", "--budget", "0.5"], None)
+    cfg = settings.read_with_preset(Pruning, ["--preset", "cc3m-base", "--budget", "0.5"], None)
     assert cfg.budget == 0.5 and cfg.num_experts == 16
 
 
 def test_a_target_alone_brings_its_defaults():
-    assert settings.read_pruning(["--target", "coco"], None) == PAPER
-    own = settings.read_pruning(["--target=my_pictures", "--lr", "0.02"], None)
+    assert settings.read_with_preset(Pruning, ["--target", "coco"], None) == PAPER
+    own = settings.read_with_preset(Pruning, ["--target=my_pictures", "--lr", "0.02"], None)
     assert own == replace(PAPER, target="my_pictures", lr=0.02)
-    assert settings.read_pruning([], None) == EMOJI
+    assert settings.read_with_preset(Pruning, [], None) == EMOJI
 
 
 def test_a_run_is_named_after_its_target_and_budget(tmp_path, monkeypatch):

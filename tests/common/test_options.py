@@ -19,6 +19,7 @@ SCRIPTS = {  # module -> its configuration
     "finetune": settings.Finetuning,
     "sample": None,
     "evaluate": None,
+    "compare": None,
     "targets.__main__": None,
 }
 

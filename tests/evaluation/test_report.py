@@ -6,6 +6,7 @@ import io
 import math
 import re
 import statistics
+import unicodedata
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,12 +58,12 @@ BLOCKS = [
 ]
 
 
-def write_run(run: Path, num_experts: int, rows: int, columns=COLUMNS) -> None:
+def write_run(run: Path, num_experts: int, rows: int) -> None:
     """What the report reads of a run that `train.py` finished."""
     write_json(run / "config.json", {"warmup_steps": 2, "joint_steps": 30})
-    log = MetricsLog(run / "metrics.csv", list(columns), 0)
+    log = MetricsLog(run / "metrics.csv", list(COLUMNS), 0)
     for step in range(32):
-        log.write(step, {name: 1 / (step + k + 1) for k, name in enumerate(columns)})
+        log.write(step, {name: 1 / (step + k + 1) for k, name in enumerate(COLUMNS)})
     log.close()
     write_json(run / "assignments.json", {"train": [i % num_experts for i in range(rows)]})
     ratio = {"macs_ratio": 0.5}
@@ -143,6 +144,25 @@ def test_frequent_words_against_a_loop(own, others):
     assert analysis.frequent_words(own, everything, 1) == expected[:1]
 
 
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("Жираф и собака", {"жираф", "собака"}),
+        ("ένα ΚΌΚΚΙΝΟ σκυλί", {"ένα", "κόκκινο", "σκυλί"}),
+        ("crème brûlée à la française", {"crème", "brûlée", "française"}),
+        ("Stra\u00dfe, Ma\u00df; \u00fcber_uns", {"straße", "maß", "über", "uns"}),
+        (unicodedata.normalize("NFD", "crème brûlée"), {"crème", "brûlée"}),  # accents apart
+        ("लाल रंग का जिराफ़", {"जिराफ़"}),  # vowel signs belong to their letters
+        ("แมวสีแดง 1234", {"แมวสีแดง"}),
+        ("赤い犬の写真", {"赤い犬の写真"}),
+        ("it's 3d x2", set()),
+    ],
+)
+def test_words_of_any_script_are_counted_whole(caption, words):
+    found = analysis.frequent_words([caption], [caption, *["-"] * 2])
+    assert set(found) == {unicodedata.normalize("NFC", word) for word in words}
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_shares_and_perplexity(experts):
     share = analysis.shares(experts, 6)
@@ -190,14 +210,10 @@ def test_words_table_by_hand():
 
 
 def test_a_log_is_read_and_a_bad_one_refused(tmp_path):
-    for name in ("perplexity", "usage"):  # as the column is called now, and in older runs
-        columns = [name if column == "perplexity" else column for column in COLUMNS]
-        write_run(tmp_path, 2, 4, columns)
-        assert name in (tmp_path / "metrics.csv").read_text()
-        log = analysis.read_log(tmp_path / "metrics.csv")
-        assert list(log) == ["step", *COLUMNS] and log["step"].tolist() == list(range(32))
-        assert log["denoising"][3] == pytest.approx(1 / (4 + COLUMNS.index("denoising")))
-        assert log["perplexity"][3] == pytest.approx(1 / (4 + COLUMNS.index("perplexity")))
+    write_run(tmp_path, 2, 4)
+    log = analysis.read_log(tmp_path / "metrics.csv")
+    assert list(log) == ["step", *COLUMNS] and log["step"].tolist() == list(range(32))
+    assert log["denoising"][3] == pytest.approx(1 / (4 + COLUMNS.index("denoising")))
     for text in (None, "", "step,loss\n", "step,loss\n0,spoilt\n", "step,loss\n0\n"):
         (tmp_path / "metrics.csv").unlink(missing_ok=True)
         if text is not None:

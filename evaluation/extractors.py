@@ -9,11 +9,8 @@
 | clip-vit-l-14-336 | OpenAI's CLIP ViT-L/14 at 336 px, by transformers | 336 px | 768 | CMMD |
 | pickscore | PickScore v1 (a CLIP ViT-H/14), by transformers | 224 px | 1024 | PickScore |
 
-An extractor takes images (B, 3, H, W), uint8 or floats in [-1, 1], and returns their features
-(B, d); `load_extractor` makes those of the table. All but the first need weights that no package
-carries. Real and generated images are treated alike: a square from the centre, then `resize`. FID
-alone resizes as clean-fid does: its modes differ in that and in the file of the weights; mode
-`clean` is the same filter as `resize`.
+All but the first need weights that no package carries. All read the square in an image's centre
+through `resize`, but FID's, which resize as clean-fid's modes do.
 
 EfficientNet-Lite0 reads 128 px instead of its 224, for a quarter of the time. Of 154 images by the
 pocket teacher 13 to 14 % were nearest to the right one of about 150 emoji at 128, 160 and 224 px,
@@ -26,20 +23,20 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.cache import cache_folder
 from common.errors import UserError
+from evaluation.images import ImageRows, resize, to_pixels
 
 LITE0_SIZE = 128
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of RGB
@@ -52,79 +49,6 @@ PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-# ---- images ----
-
-
-class ImageRows(Protocol):
-    """Images that are read when asked for, such as `CaptionedImages` or `ImageFiles`."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, rows: Sequence[int] | Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files of one size."""
-
-    files: Sequence[Path]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def images(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """The images at `rows`, (B, 3, H, W), float32 in [-1, 1].
-
-        Raises `UserError` where one cannot be read, or they differ in size.
-        """
-        pixels = []
-        for path in (self.files[int(row)] for row in rows):
-            try:
-                with Image.open(path) as image:
-                    pixels.append(np.asarray(image.convert("RGB")))
-            except OSError as error:
-                raise UserError(f"{path} is no readable image ({error}); replace it") from None
-            if pixels[-1].shape != pixels[0].shape:
-                raise UserError(f"{path} is not of its neighbours' size; give images of one size")
-        return to_float(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
-
-
-def image_folder(folder: Path) -> ImageFiles:
-    """A folder's images by name. Raises `UserError` where there are none."""
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{folder} holds no image; give a folder of {', '.join(IMAGE_SUFFIXES)}")
-    return ImageFiles(files)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 or floats in [-1, 1] to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 or floats in [-1, 1] to uint8, as an image file holds it."""
-    return ((to_float(images) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) to floats in [-1, 1], (B, 3, size, size).
-
-    The square in the centre, through an antialiasing bicubic filter (Pillow's and clean-fid's).
-    """
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = to_float(images[..., top : top + side, left : left + side])
-    if side == size:
-        return square
-    return F.interpolate(square, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-# ---- extractors ----
 
 
 @dataclass(frozen=True)
@@ -143,13 +67,14 @@ class Extractor:
         return self.network(self.prepare(images.to(self.device))).float().cpu()
 
     @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        """Captions to features, (B, d). Raises `UserError` for a network that reads none."""
+    def texts(self, captions: Sequence[str], batch: int = 64) -> Tensor:
+        """n captions to features, (n, d). Raises `UserError` for a network that reads none."""
         if self.read_text is None:
             raise UserError(
                 f"extractor {self.name} reads no captions; use clip-vit-b-32 or pickscore"
             )
-        return self.read_text(list(captions)).float().cpu()
+        parts = [list(captions[k : k + batch]) for k in range(0, len(captions), batch)]
+        return torch.cat([self.read_text(part).float().cpu() for part in parts])
 
 
 def extract(
@@ -168,8 +93,7 @@ def extract(
         raise ValueError("there are no images")
     read = images.__getitem__ if isinstance(images, Tensor) else images.images
     rows = torch.arange(len(images)).split(batch)
-    name = f"{getattr(extractor, 'name', 'own')} features"
-    return torch.cat([extractor(read(part)) for part in tqdm(rows, desc=name, unit="batch")])
+    return torch.cat([extractor(read(part)) for part in tqdm(rows, desc="features", unit="batch")])
 
 
 def normalised(size: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
@@ -232,7 +156,8 @@ def fid_resize(mode: str) -> Callable[[Tensor], Tensor]:
 
     def prepare(images: Tensor) -> Tensor:
         pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        resized = np.stack([resizer(image) for image in pixels])  # (B, 299, 299, 3)
+        with ThreadPoolExecutor() as pool:
+            resized = np.stack(list(pool.map(resizer, pixels)))  # (B, 299, 299, 3)
         return torch.from_numpy(resized).permute(0, 3, 1, 2).to(images.device)
 
     return prepare
@@ -285,8 +210,6 @@ def transformers_clip(
     size, scale = model.config.vision_config.image_size, model.logit_scale.exp().item()
     return Extractor(name, device, normalised(size, CLIP), network, read_text, scale)
 
-
-# ---- every extractor by name ----
 
 EXTRACTORS: dict[str, Callable[[torch.device, Path | None], Extractor]] = {
     "efficientnet-lite0": lite0,

@@ -1,0 +1,390 @@
+"""Compares methods, seeds, fine-tuning protocols and ablations: Tables 1, 3 and 5, Fig. 5.
+
+    python compare.py --methods aptp,norm,sp,bksdm,random,uni-arch,dense --budget 0.5 --seeds 3
+    python compare.py --methods aptp,aptp:no-center,aptp:experts-16+depth-all --budget 0.5 \\
+        --finetune-steps 0 --distances-only    # ablations: what codes are worth as they were cut
+    python compare.py --methods uni-arch,aptp:contrastive,aptp:transport,aptp   # Table 3
+
+A method may carry a variant after a colon: settings of train.py, written as there but without the
+leading dashes (`aptp:no-center`, `aptp:predictor-rate-1`), with `+` between several, or one of
+`NAMED`.
+`random-clusters` gives each prompt a random expert, `by-group` one for each group of the data set.
+
+Each method, seed and number of fine-tuning steps is a cell: an ordinary run folder, and a line of
+`cells.jsonl` with all scores, those of single captions too. A killed command goes on where it was;
+several may fill one folder. The tables are written anew after each cell.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+import baselines
+import evaluate
+import finetune
+import train
+from common.checkpoint import refuse_other_settings
+from common.errors import UserError, command_line
+from common.files import read_json, replacing, write_json
+from common.randomness import step_generator
+from common.ranges import Choice, Count, Number, check
+from evaluate import Scoring, distances_of
+from evaluation.analysis import perplexity, read_log, shares
+from evaluation.scores import as_row
+from evaluation.tables import write_tables
+from router import PromptRouter
+from run import (
+    Setup,
+    as_json,
+    check_resumable,
+    load_codes,
+    load_split,
+    prepare,
+    read_run,
+    write_results,
+)
+from sample import APTPPipeline
+from settings import MACHINE, RUNS, Finetuning, Pruning, finetuning_of, read_with_preset, resolve
+
+METHODS = ("aptp", *baselines.METHODS)
+SEVERAL = ("aptp", *baselines.ROUTED)  # methods with `--num-experts` experts; the others have one
+NAMED: dict[str, str] = {  # variants by another name: rows 2 and 3 of Table 3
+    "contrastive": "no-transport+no-distill",
+    "transport": "no-distill",
+}
+CLUSTERS = ("random-clusters", "by-group")  # controls of aptp: the experts are given, not learned
+SHORT = {"experts-": "num-experts-"}
+PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
+OF_ALL = (  # settings that all methods of a comparison share, so no variant changes them
+    *("target", "teacher", "budget", "data_dir", "prompt_encoder", "limit", "seed", "resolution"),
+    *("precision", *MACHINE),
+)
+MAY_DIFFER = (*MACHINE, "methods", "seeds", "seed", "protocol", "finetune_steps", "distances_only")
+
+
+@dataclass(frozen=True)
+class Config(Scoring, Pruning):
+    """All methods are pruned with the settings of train.py, fine-tuned alike, and scored."""
+
+    HEADINGS: ClassVar[dict[str, str]] = Pruning.HEADINGS | {
+        "images": "images and scores",
+        "methods": "what is compared",
+    }
+    out: Path | None = None
+    """Folder; runs/compare-<target>-<budget> if not given."""
+    methods: str = "aptp"
+    """Names with commas between; variants such as aptp:no-center."""
+    seeds: Count = 1
+    """Runs of each method, seeds --seed, --seed + 1, ..."""
+    finetune_steps: Number | None = None
+    """Steps of each of APTP's experts; 0: as cut; by target."""
+    protocol: Annotated[str, Choice(*PROTOCOLS)] = "all"
+    """Equal steps for each expert (paper), or equal steps in all."""
+    distances_only: bool = False
+    """No images: distances to the teacher and routing alone."""
+
+
+# ---- methods and their variants ----
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and what its variant changes."""
+
+    name: str
+    base: str
+    changes: dict[str, Any] = field(default_factory=dict)  # settings of `Pruning`
+    clusters: str | None = None
+
+    def settings(self, cfg: Config, seed: int, out: Path) -> Pruning:
+        """The pruning of one seed. Raises `UserError` for settings that cannot work."""
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Pruning)}
+        pruning = Pruning(**shared | self.changes | {"seed": seed, "out": out})
+        if self.base not in SEVERAL:
+            pruning = replace(pruning, num_experts=1)
+        return resolve(replace(pruning, depth=baselines.DEPTHS.get(self.base, pruning.depth)))
+
+
+def setting(text: str) -> dict[str, Any]:
+    """The setting that a part of a variant names; none where it names none.
+
+    `no-center` -> {"center": False}, `experts-4` -> {"num_experts": 4}, `depth-all`, `as-printed`.
+    """
+    for short, long in SHORT.items():
+        text = text.replace(short, long, 1) if text.startswith(short) else text
+    hints = get_type_hints(Pruning)  # without ranges: what a word is made into
+    for option in sorted(fields(Pruning), key=lambda option: -len(option.name)):
+        name, kind = option.name.replace("_", "-"), hints[option.name]
+        if option.name in OF_ALL:
+            continue
+        if kind is bool:
+            if text == ("no-" if option.default else "") + name:
+                return {option.name: not option.default}
+        elif text.startswith(f"{name}-"):
+            value = text.removeprefix(f"{name}-")
+            try:
+                return {option.name: kind(value)}
+            except ValueError:
+                continue
+    return {}
+
+
+def parse_method(name: str) -> Method:
+    """A method by its name. Raises `UserError` for one that does not exist."""
+    base, _, variant = name.partition(":")
+    if base not in METHODS:
+        raise UserError(f"--methods {base} is unknown; choose among: {', '.join(METHODS)}")
+    if variant in CLUSTERS and base == "aptp":
+        return Method(name, base, clusters=variant)
+    changes: dict[str, Any] = {}
+    for part in NAMED.get(variant, variant).split("+") if variant else ():
+        found = setting(part)
+        if not found:
+            raise UserError(
+                f"--methods {name}: {part} is no setting; write one of train.py's without its "
+                f"dashes, such as no-center or experts-4, or {', '.join((*NAMED, *CLUSTERS))}"
+            )
+        changes |= found
+    return Method(name, base, changes)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods with commas between. Raises `UserError` for one that does not exist."""
+    names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UserError(f"--methods names none; choose among: {', '.join(METHODS)}")
+    return [parse_method(name) for name in names]
+
+
+# ---- pruning ----
+
+
+def prepared(cfg: Pruning, last: dict[Any, Setup]) -> Setup:
+    """What a method is given; that of the method before, where `prepare` would give the same."""
+    key = (cfg.seed, cfg.depth, getattr(cfg, "by_content", None))  # the others are in `OF_ALL`
+    if key not in last:
+        last.clear()
+        last[key] = prepare(cfg)
+    return replace(last[key], cfg=cfg)
+
+
+def given_experts(clusters: str, setup: Setup) -> dict[str, Tensor]:
+    """Of a control, the expert of each row by split, (rows,)."""
+    splits = {"train": setup.data, "validation": setup.validation}
+    if clusters == "random-clusters":
+        generator = step_generator(setup.cfg.seed, "random clusters")
+        N = setup.cfg.num_experts
+        return {k: torch.randint(N, (len(v),), generator=generator) for k, v in splits.items()}
+    names = {name: i for i, name in enumerate(sorted(set(setup.data.groups)))}
+    # a validation group without training prompts has no expert of its own
+    return {k: torch.tensor([names.get(g, 0) for g in v.groups]) for k, v in splits.items()}
+
+
+@torch.no_grad()
+def agreement(router: PromptRouter, setup: Setup) -> float:
+    """Share of 2,048 training prompts whose expert is the one that the transport gives them."""
+    order = torch.randperm(len(setup.z), generator=step_generator(0, "agreement"))[:2048]
+    e = router(setup.z[order].to(setup.teacher.device))  # (2048, D)
+    eps, iterations = setup.cfg.eps, setup.cfg.sinkhorn_iterations
+    assigned = [router.transport_assignment(part, eps, iterations) for part in e.split(1024)]
+    return (torch.cat(assigned) == router.nearest(e)).float().mean().item()
+
+
+def prune(method: Method, cfg: Pruning, last: dict[Any, Setup]) -> int:
+    """Make the run folder `cfg.out`, unless it is there; returns how many experts it has.
+
+    Raises `UserError`.
+    """
+    assert cfg.out
+    run, settings = cfg.out, as_json(cfg) | {"method": method.name}
+    check_resumable(run, settings)
+    if not (run / "summary.json").exists():
+        setup = prepared(cfg, last)
+        write_json(run / "config.json", settings)
+        given, codes, seconds, routing = None, None, dict[str, float](), dict[str, float]()
+        if method.clusters:
+            given = given_experts(method.clusters, setup)
+            cfg = replace(cfg, num_experts=int(given["train"].max()) + 1)
+            setup = replace(setup, cfg=cfg)
+        if method.base == "aptp":
+            router, seconds = train.optimise(setup, given["train"] if given else None)
+            if not given and cfg.num_experts > 1:
+                routing["agreement"] = agreement(router, setup)
+        else:
+            router = setup.start_router()
+            codes = baselines.METHODS[method.base](setup, router)  # (N, D)
+        if (run / "metrics.csv").exists():
+            soft = read_log(run / "metrics.csv")["macs_ratio"]
+            routing["soft_ratio"] = float(soft[-max(1, len(soft) // 4) :].mean())
+        write_json(run / "routing.json", routing)
+        write_results(setup, router, seconds, codes=codes, method=method.name, given=given)
+        (run / train.CHECKPOINT).unlink(missing_ok=True)
+    return read_run(run, "summary.json")[0]["num_experts"]
+
+
+def finetuned(run: Path, steps: int, cfg: Finetuning) -> Path:
+    """A copy of a pruned run whose experts are fine-tuned for `steps` steps; itself with none."""
+    if not steps:
+        return run
+    folder = run.with_name(f"{run.name}@{steps}")
+    if not (folder / "summary.json").exists():
+        files = [path for path in run.iterdir() if path.is_file() and path.name != CELL]
+        for path in sorted(files, key=lambda path: path.name == "summary.json"):
+            with replacing(folder / path.name) as temporary:  # the summary last: it is complete
+                shutil.copyfile(path, temporary)
+    finetune.finetune(replace(cfg, run=folder, steps=steps))
+    return folder
+
+
+# ---- cells ----
+
+CELL = "cell.json"
+Key = tuple[str, int, int]  # method, seed, fine-tuning steps of each expert
+
+
+def key_of(cell: dict[str, Any]) -> Key:
+    return cell["method"], cell["seed"], cell["finetune_steps"]
+
+
+def read_cells(folder: Path) -> dict[Key, dict[str, Any]]:
+    """The finished cells of a comparison: those of cells.jsonl, and of its run folders."""
+    path = folder / "cells.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        cells = {key_of(cell): cell for cell in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged; delete it: the run folders beside it hold the cells"
+        ) from None
+    for found in sorted(folder.glob(f"*/{CELL}")):
+        cell = read_json(found)
+        cells[key_of(cell)] = cell
+    place = {method: number for number, method in enumerate(METHODS)}
+    return dict(sorted(cells.items(), key=lambda c: (place[c[0][0].partition(":")[0]], c[0])))
+
+
+def is_finished(cell: dict[str, Any] | None, cfg: Config) -> bool:
+    """Whether a cell has what is asked for: images, or distances alone."""
+    if cell is None:
+        return False
+    return cfg.distances_only or all("images" in row for row in cell["scores"])
+
+
+def distances(run: Path, method: str, device: str) -> list[dict[str, Any]]:
+    """The scores of a run's codes, without images."""
+    pipeline = APTPPipeline.from_pretrained(run, device)
+    settings, assigned = read_run(run, "config.json", "assignments.json")
+    codes, macs = load_codes(run, pipeline.space), pipeline.macs()
+    found = []
+    for split in ("train", "validation"):
+        data = load_split(settings, assigned, split, pipeline.teacher.resolution)
+        values = distances_of(pipeline.teacher, data, codes, assigned[split], macs)
+        ratio = sum(pipeline.ratios[i] for i in assigned[split]) / len(data)
+        found.append({"method": method, "split": split, "macs_ratio": ratio} | as_row(values))
+    return found
+
+
+def measure(cfg: Config, run: Path, method: str, seed: int, steps: int) -> dict[str, Any]:
+    """Score a cell, and write it into its run folder."""
+    if cfg.distances_only:
+        scores = distances(run, method, cfg.device)
+    else:
+        how = {f.name: getattr(cfg, f.name) for f in fields(Scoring)}
+        scoring = evaluate.Config(**how, device=cfg.device, dense=False)
+        scores = evaluate.score(scoring, run)["rows"]
+    summary, assigned = read_run(run, "summary.json", "assignments.json")
+    share = shares(assigned["train"], summary["num_experts"])  # (N,)
+    cell = {
+        "method": method,
+        "seed": seed,
+        "finetune_steps": steps,
+        "steps_in_all": steps * summary["num_experts"],
+        **{name: summary[name] for name in ("target", "budget", "num_experts", "seconds")},
+        "ratios": [expert["macs_ratio"] for expert in summary["experts"]],
+        "shares": share.tolist(),
+        "perplexity": perplexity(share),
+        **read_json(run / "routing.json"),
+        "scores": scores,
+    }
+    write_json(run / CELL, cell)
+    return cell
+
+
+def write_cells(folder: Path) -> None:
+    """Write cells.jsonl, and the tables made from it."""
+    cells = read_cells(folder)
+    lines = [json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells.values()]
+    with replacing(folder / "cells.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    write_tables(folder, list(cells.values()))
+
+
+# ---- the comparison ----
+
+
+def check_folder(folder: Path, cfg: Config) -> None:
+    """Refuse a comparison that was made with other settings. Raises `UserError`."""
+    settings = {k: v for k, v in as_json(cfg).items() if k not in MAY_DIFFER}
+    path = folder / "config.json"
+    if path.exists():
+        refuse_other_settings(path, read_json(path), settings)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no comparison; choose another --out")
+    else:
+        write_json(path, settings)
+
+
+def compare(cfg: Config) -> Path:
+    """Make and score every cell that is missing; returns the comparison's folder.
+
+    Raises `UserError`.
+    """
+    check(cfg)
+    methods = parse_methods(cfg.methods)
+    folder = cfg.out or RUNS / f"compare-{Path(cfg.target).name}-{cfg.budget:g}"
+    tuning = replace(finetuning_of(cfg.target), device=cfg.device, precision=cfg.precision)
+    steps = tuning.steps if cfg.finetune_steps is None else cfg.finetune_steps
+    runs = [
+        (
+            method,
+            seed,
+            method.settings(cfg, seed, folder / f"{method.name}-{seed}".replace(":", "-")),
+        )
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+        for method in methods
+    ]
+    if cfg.dry_run:
+        print("\n".join(str(pruning.out) for *_, pruning in runs))
+        return folder
+    check_folder(folder, cfg)
+    last: dict[Any, Setup] = {}
+    for number, (method, seed, pruning) in enumerate(runs, start=1):
+        print(f"--- run {number} of {len(runs)}: {method.name}, seed {seed}", flush=True)
+        assert pruning.out
+        N = prune(method, pruning, last)
+        lengths = {"expert": steps, "all": steps * cfg.num_experts // N}
+        wanted = {lengths[name] for name in PROTOCOLS[cfg.protocol]}
+        for own in sorted(wanted) if method.base != "dense" else [0]:
+            if not is_finished(read_cells(folder).get((method.name, seed, own)), cfg):
+                run = finetuned(pruning.out, own, replace(tuning, seed=seed))
+                measure(cfg, run, method.name, seed, own)
+            write_cells(folder)
+    return folder
+
+
+def main() -> None:
+    folder = compare(read_with_preset(Config, sys.argv[1:], __doc__))
+    if (folder / "tables.md").exists():
+        print((folder / "tables.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    command_line(main)
