@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -32,6 +32,7 @@ from evaluation.analysis import Routed
 from evaluation.distances import output_distances
 from evaluation.extractors import extract, load_extractor
 from evaluation.generated import (
+    Example,
     GeneratedImages,
     Sampling,
     examples,
@@ -159,23 +160,24 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
         macs.dense,
         blocks,
         kept.numpy(),
+        batch=last_batch(pipeline, settings, routed["train"].captions) if several else None,
         metrics={"rows": without_captions(found), "nmi": nmi},
         samples=samples,
+        same_prompt=shown_to_each(pipeline, summary["target"], cfg) if several else (),
         without_transport=cfg.without_transport,
     )
-    if several:
-        style = ", flat emoji" if summary["target"] == "emoji" else ""
-        shown = [thing + style for thing in SHOWN]
-        inputs = replace(
-            inputs,
-            batch=last_batch(pipeline, settings, routed["train"].captions),
-            same_prompt=through_each_expert(pipeline, shown, cfg.sampling(), pipeline.ratios),
-        )
     page = write_report(run, inputs)
     result = {"rows": found, "nmi": nmi, "settings": as_json(cfg)}
     write_json(run / "report" / "metrics.json", result)  # last: the run is scored
     print(f"wrote {page}")
     return result
+
+
+def shown_to_each(pipeline: APTPPipeline, target: str, cfg: Config) -> list[Example]:
+    """A few prompts through every expert and the teacher."""
+    style = ", flat emoji" if target == "emoji" else ""
+    shown = [thing + style for thing in SHOWN]
+    return through_each_expert(pipeline, shown, cfg.sampling(), pipeline.ratios)
 
 
 def without_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

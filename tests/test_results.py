@@ -1,5 +1,7 @@
 """Kept cells and the ladder as tables."""
 
+import shutil
+
 import pytest
 
 from common.errors import UserError
@@ -61,6 +63,33 @@ def test_a_ladder_has_one_seed_and_then_means_over_several(kept):
     ]
     (line,) = lines_of(several, f"{title}, means over seeds")
     assert line == ["a", "3", "0.2000 ± 0.1732", "", "", "0.500 ± 0.000", "", ""]
+
+
+def test_cells_of_comparisons_are_kept_in_one_file(kept, tmp_path):
+    """A cell that was made anew takes the place of the old one; others stay."""
+
+    def finish(name, method, seed, distance):
+        row = {"method": method, "split": "train", "distance": distance, "captions": {"r1": [1]}}
+        where = {"method": method, "seed": seed, "finetune_steps": 0, "steps_in_all": 0}
+        cell = where | {"scores": [row], "soft_ratio": 0.5}
+        write_json(tmp_path / "runs" / name / f"{method}-{seed}" / "cell.json", cell)
+
+    finish("compare-emoji-0.5", "sp", 0, 0.4)
+    finish("compare-emoji-0.5", "aptp", 0, 0.1)
+    finish("compare-emoji-short-0.64", "aptp", 0, 0.3)
+    assert results.keep(tmp_path / "runs") == 3
+    finish("compare-emoji-0.5", "aptp", 0, 0.2)
+    finish("compare-emoji-0.5", "aptp", 1, 0.4)
+    shutil.rmtree(tmp_path / "runs" / "compare-emoji-short-0.64")
+    assert results.keep(tmp_path / "runs") == 3
+    assert len((kept / "cells.jsonl").read_text().splitlines()) == 4
+    text = results.tables(results.cells())
+    lines = lines_of(text, "0.5 of the MACs")
+    assert [(line[0], line[2], line[-1]) for line in lines] == [
+        ("aptp", "2", "0.3000 ± 0.1414"),
+        ("sp", "1", "0.4000"),
+    ]
+    assert lines_of(text, "0.64 of the MACs: short")[0][-1] == "0.3000"
 
 
 def test_no_cell_is_an_error(kept):
