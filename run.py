@@ -296,8 +296,7 @@ def write_results(
     """
     cfg = setup.cfg
     assert cfg.out
-    run, macs = cfg.out, setup.macs
-    z_validation = setup.encoder(setup.validation.captions)
+    run, macs, z_validation = cfg.out, setup.macs, setup.encoder(setup.validation.captions)
     routed = given or {
         split: torch.cat([router.route(part).cpu() for part in z.split(8192)])
         for split, z in (("train", setup.z), ("validation", z_validation))

@@ -1,4 +1,4 @@
-"""The device, and the processes that share a batch: `torchrun train.py`. App. E.2 uses 16 GPUs.
+"""Processes that share a batch, each on its device: `torchrun train.py`. App. E.2 uses 16 GPUs.
 
 Every process holds all prompt embeddings and the same random numbers, so each computes the router's
 part of a step for the whole batch. The U-Net's part is shared out by rows. The processes sum the

@@ -120,13 +120,13 @@ def test_processes_share_the_work_and_end_with_the_same_rows(folder, monkeypatch
 
     def process(number, wait):
         monkeypatch.setattr("common.cache.rank", lambda: number)
-        monkeypatch.setattr("common.cache.wait", wait)
+        monkeypatch.setattr("common.cache.barrier", wait)
         ends.append(keep(35, shares[number]))
 
     def other():
         process(1, lambda: None)
 
-    monkeypatch.setattr("common.cache.count", lambda: 2)
+    monkeypatch.setattr("common.cache.world_size", lambda: 2)
     process(0, other)  # which waits until the other one is done, too
     assert shares[0].asked == [*range(10), *range(20, 30)]
     assert shares[1].asked == [*range(10, 20), *range(30, 35)]

@@ -258,10 +258,10 @@ def test_processes_share_the_check(cache, one_by_one, monkeypatch):
 
     def process(number, wait):
         monkeypatch.setattr(decoding, "rank", lambda: number)
-        monkeypatch.setattr(decoding, "wait", wait)
+        monkeypatch.setattr(decoding, "barrier", wait)
         ends.append(shares[number].find(range(11)))
 
-    monkeypatch.setattr(decoding, "count", lambda: 2)
+    monkeypatch.setattr(decoding, "world_size", lambda: 2)
     process(0, lambda: process(1, lambda: None))  # which waits until the other one is done, too
     assert shares[0].opened == [0, 1, 2, 3, 8, 9, 10] and shares[1].opened == [4, 5, 6, 7]
     assert ends == [[1, 9], [1, 9]]
