@@ -50,9 +50,10 @@ class Pruning:
     target: str = "emoji"
     """emoji, coco, cc3m, or a folder with metadata.jsonl."""
     teacher: str = "pocket"
-    """pocket, a diffusers folder (SD 1.x, 2.x, SDXL), a hub id (paper: SD 2.1), sd21-random."""
+    """pocket, a diffusers folder, a hub id (paper: SD 2.1), or a
+    random one: sd21-random, sdxl-random."""
     budget: Budget = 0.78
-    """T_d: the experts' mean share of the MACs (paper: 0.64 to 0.85)."""
+    """T_d: experts' mean share of the MACs (paper: 0.64 to 0.85)."""
     num_experts: Count = 8
     """N, the number of architecture codes (paper: 8 or 16)."""
     data_dir: Path | None = None
@@ -64,7 +65,7 @@ class Pruning:
     precision: Precision = "fp32"
     """Of the frozen teacher; the router is in fp32."""
     resolution: Pixels | None = None
-    """Pixels while pruning; the teacher's, at most 256 (paper: 256)."""
+    """While pruning; the teacher's, at most 256 (paper: 256)."""
     limit: Count | None = None
     """Use only this many training prompts, for a quick trial."""
     seed: Seed = 0
@@ -80,7 +81,7 @@ class Pruning:
     lr_warmup: Number = 10
     """Steps in which the rate rises (paper: 100)."""
     distill: bool = True
-    """Distil while pruning; no: Table 3's third row."""
+    """Distil while pruning; no: Table 3, row 3."""
     lambda_distill: Weight = 0.2
     """Weight of distillation, Eq. 15 (paper: 0.2)."""
     lambda_res: Weight = 2.0
@@ -92,7 +93,7 @@ class Pruning:
     gumbel_temp: Positive = 0.4
     """gamma, temperature of the gates, Eqs. 9 and 12 (paper: 0.4)."""
     transport: bool = True
-    """Assign by transport; no, and no distill: Table 3's second row."""
+    """Assign by transport; no, and no distill: Table 3, row 2."""
     eps: Positive = 0.05
     """epsilon, entropy weight of the transport (paper: 0.05)."""
     sinkhorn_iterations: Count = 3
@@ -104,7 +105,7 @@ class Pruning:
     open_logit: Finite = 2.0
     """Where logits start without importance (paper: not said)."""
     by_content: bool = True
-    """Route by what an image's captions share; no: by z (paper)."""
+    """Route by what captions have in common; no: by z (paper)."""
     own_keys: bool = True
     """Route by the codes as they start; no: as trained (paper)."""
     center: bool = True
@@ -114,7 +115,7 @@ class Pruning:
     block_weight: Weight = 0.0
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     normalise_blocks: bool = True
-    """Blocks' errors relative to the teacher's; no: Eq. 28 (paper)."""
+    """Errors relative to the teacher's blocks; no: Eq. 28 (paper)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     out: Path | None = None
@@ -159,7 +160,7 @@ class Finetuning:
     block_weight: Weight = 1.0
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     normalise_blocks: bool = True
-    """Blocks' errors relative to the teacher's; no: Eq. 28 (paper)."""
+    """Errors relative to the teacher's blocks; no: Eq. 28 (paper)."""
     caption_dropout: Share = 0.1
     """Share of captions made empty, for guidance (paper: not said)."""
     seed: Seed = 0

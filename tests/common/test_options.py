@@ -6,19 +6,21 @@ import importlib
 import re
 import sys
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import pytest
 import tyro
 
 import settings
 from common.options import help_text, read_options
+from common.ranges import Choice
 
 SCRIPTS = {  # module -> its configuration
     "train": settings.Pruning,
     "finetune": settings.Finetuning,
     "sample": None,
     "evaluate": None,
+    "compare": None,
     "compare": None,
     "targets.__main__": None,
 }
@@ -38,7 +40,7 @@ class Small:
     """
     rate: float = 1e-4
     """Rate (paper: 1)."""
-    mode: Literal["fast", "slow"] = "fast"
+    mode: Annotated[str, Choice("fast", "slow")] = "fast"
     """Mode."""
     loud: bool = True
     """Loud."""
