@@ -121,7 +121,7 @@ def setting(text: str) -> dict[str, Any]:
     for short, long in SHORT.items():
         text = text.replace(short, long, 1) if text.startswith(short) else text
     hints = get_type_hints(Pruning)  # without ranges: what a word is made into
-    for option in sorted(fields(Pruning), key=lambda option: -len(option.name)):
+    for option in fields(Pruning):
         name, kind = option.name.replace("_", "-"), hints[option.name]
         if option.name in OF_ALL:
             continue
