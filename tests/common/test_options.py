@@ -21,7 +21,6 @@ SCRIPTS = {  # module -> its configuration
     "sample": None,
     "evaluate": None,
     "compare": None,
-    "compare": None,
     "targets.__main__": None,
 }
 
