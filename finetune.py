@@ -1,13 +1,17 @@
 """The fine-tuning stage: Sec. 3.4 and App. D.5, Eq. 30.
 
     python finetune.py                       # every expert of the newest run
+    python finetune.py --steps 0             # no training: experts are refitted in closed form
     python finetune.py --run runs/emoji-0.64 --expert 3
+    python finetune.py --shared --steps 800  # one set of weights, which all experts are cut out of
     torchrun --nproc-per-node 8 -- finetune.py --run runs/coco-0.78  # shared out among processes
 
-Each expert is cut out of the teacher and trained, all weights, on the training prompts that the
-router sends to it, with the teacher's output and block outputs as targets. Experts do not depend on
-each other: one job an expert is fine. A finished expert is not trained again; a killed one goes on
-from its last checkpoint.
+Each expert is cut out of the teacher, refitted (`refit.py`), and trained, all weights, on the
+training prompts that the router sends to it, with the teacher's output and block outputs as
+targets. Experts do not depend on each other: one job an expert is fine. With `--shared` the U-Net
+itself is trained through the hard gates of each sample's expert; a run that holds such weights has
+its experts cut out of them. A finished expert is not made again; a killed one goes on from its
+last checkpoint.
 
 What differs from the paper: docs/departures.md#finetune.
 """
@@ -15,10 +19,13 @@ What differs from the paper: docs/departures.md#finetune.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -28,14 +35,30 @@ from tqdm import trange
 import losses
 from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, remove_leftovers
+from common.files import MetricsLog, load_tensors, remove_leftovers, save_tensors
 from common.options import read_options
 from common.processes import leave_processes, pick_device, rank, start_processes, world_size
 from common.randomness import batch_rows, step_generator
 from common.ranges import check
 from gates import ArchSpace
-from prune_unet import BlockRecorder, cut_expert, find_units, save_expert
-from run import expert_path, load_codes, load_split, newest_run, read_run
+from prune_unet import (
+    BlockRecorder,
+    GateHandle,
+    attach_gates,
+    cut_expert,
+    find_units,
+    save_expert,
+)
+from refit import refit
+from run import (
+    expert_path,
+    load_codes,
+    load_shared,
+    load_split,
+    newest_run,
+    read_run,
+    shared_path,
+)
 from settings import TUNED_BY, Finetuning, finetuning_of
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded, encode_target
@@ -44,9 +67,9 @@ from teacher.model import Noised, Teacher, add_noise, load_teacher
 TERMS = ("loss", "denoising", "distillation")
 
 
-def checkpoint_path(run: Path, expert: int) -> Path:
-    """Where a run keeps an expert that is being fine-tuned, and its optimizer."""
-    return run / "experts" / f"{expert}.checkpoint.safetensors"
+def checkpoint_path(run: Path, name: str) -> Path:
+    """Where a run keeps weights that are being fine-tuned, and their optimizer."""
+    return run / "experts" / f"{name}.checkpoint.safetensors"
 
 
 def made_with(cfg: Finetuning) -> dict[str, object]:
@@ -56,14 +79,19 @@ def made_with(cfg: Finetuning) -> dict[str, object]:
 
 def finetuning_step(
     teacher: Teacher,
-    expert: UNet2DConditionModel,
+    student: UNet2DConditionModel,
     recorders: tuple[BlockRecorder, BlockRecorder],
     batch: Noised,
     cfg: Finetuning,
+    gates: tuple[GateHandle, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Eq. 30 for one batch: sets the expert's gradients, returns the loss and its terms, scalars.
+    """Eq. 30 for one batch: sets the student's gradients, returns the loss and its terms, scalars.
 
     One micro-batch at a time, each weighted by its share of the batch.
+
+    Args:
+        student: an expert, or shared weights with `gates` on them.
+        gates: the handle, and the gates of each sample, (B, D).
     """
     B, dtype = len(batch.sample), teacher.dtype
     total = torch.zeros(3)  # the loss and its two terms
@@ -72,8 +100,10 @@ def finetuning_step(
         inputs = batch.part(part)
         with torch.no_grad():
             teacher_output = teacher.unet(**inputs.inputs()).sample
+        if gates is not None:  # until after backward, which checkpointing needs
+            gates[0].set_gates(gates[1][part].to(teacher.device))
         with torch.autocast(teacher.device.type, dtype, enabled=dtype != torch.float32):
-            output = expert(**inputs.inputs()).sample
+            output = student(**inputs.inputs()).sample
         teacher_blocks, blocks = (recorder.take() for recorder in recorders)
         denoising = losses.denoising_loss(output, inputs.target)  # (b,)
         distillation = losses.distillation_loss(
@@ -90,147 +120,217 @@ def finetuning_step(
         terms = torch.stack([loss, denoising.mean(), distillation.mean()])
         total += share * terms.detach().float().cpu()
     if scale != 1:
-        for parameter in expert.parameters():
+        for parameter in student.parameters():
             if parameter.grad is not None:
                 parameter.grad /= scale
     return dict(zip(TERMS, total, strict=True))
 
 
-def finetune_expert(
-    cfg: Finetuning,
-    run: Path,
-    i: int,
-    *,
-    teacher: Teacher,
-    dense: UNet2DConditionModel,
-    space: ArchSpace,
-    code: Tensor,
-    data: Encoded,
-    empty: Conditions,
+@dataclass(frozen=True)
+class Task:
+    """What an expert, or the shared weights, are trained on."""
+
+    cfg: Finetuning
+    run: Path
+    teacher: Teacher  # in the precision of matrix products
+    dense: UNet2DConditionModel  # float32: the teacher's weights, or the run's shared ones
+    space: ArchSpace
+    codes: Tensor  # binary, (N, D)
+    experts: Tensor  # of each training row, (rows,)
+    data: Encoded  # the training rows
+    empty: Conditions  # of one image, with the empty caption
+
+    def rows_of(self, i: int) -> Tensor:
+        """Rows that an expert is trained on, (R,): its own, or all where it has none."""
+        own = (self.experts == i).nonzero().flatten()
+        return own if len(own) else torch.arange(len(self.experts))
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Noised:
+        """Rows, (b,), at random timesteps, some of them with the empty caption."""
+        latents, conditions = self.data.batch(rows)
+        dropped = torch.rand(len(rows), generator=generator) < self.cfg.caption_dropout  # (b,)
+        return add_noise(self.teacher, latents, conditions.drop(dropped, self.empty), generator)
+
+
+def optimise(
+    task: Task,
+    student: UNet2DConditionModel,
     rows: Tensor,
+    name: str,
+    gates: GateHandle | None = None,
 ) -> None:
-    """Train expert `i` on its rows, from its last checkpoint, and write it to the run.
+    """Train `student` on `rows`, (R,), from its last checkpoint.
 
     Args:
-        teacher: what it learns from, in the run's precision.
-        dense: the teacher's U-Net in float32, which the expert is cut out of.
-        data: the training rows, encoded.
-        empty: conditions of one image, with the empty caption.
-        rows: row numbers, (R,).
+        name: of the weights, such as `3` or `shared`; its log and checkpoint have it too.
+        gates: on the student, to be set to each sample's expert.
     """
-    path = expert_path(run, i)
-    remove_leftovers(path.parent, f"{i}.*")
-    expert = cut_expert(dense, code, space).to(teacher.device).requires_grad_(True)
+    cfg, run, teacher = task.cfg, task.run, task.teacher
+    student.requires_grad_(True)
     if cfg.checkpointing:
-        expert.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=cfg.lr)
-    checkpoint = Checkpoint(
-        checkpoint_path(run, i), {"expert": expert, "optimizer": optimizer}, made_with(cfg)
-    )
+        student.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
+    parts: dict[str, Any] = {"expert": student, "optimizer": optimizer}
+    checkpoint = Checkpoint(checkpoint_path(run, name), parts, made_with(cfg))
     first = checkpoint.restore().get("step", 0)
-    recorders = (BlockRecorder(teacher.unet), BlockRecorder(expert))
-    log = MetricsLog(run / "experts" / f"{i}.csv", list(TERMS), first)
+    recorders = (BlockRecorder(teacher.unet), BlockRecorder(student))
+    log = MetricsLog(run / "experts" / f"{name}.csv", list(TERMS), first)
     bar = trange(
-        first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {i}", position=rank()
+        first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {name}", position=rank()
     )
     for step in bar:
-        generator = step_generator(cfg.seed, f"finetune {i}", step)
+        generator = step_generator(cfg.seed, f"finetune {name}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]  # (b,)
-        latents, conditions = data.batch(pick)
-        dropped = torch.rand(len(pick), generator=generator) < cfg.caption_dropout  # (b,)
-        batch = add_noise(teacher, latents, conditions.drop(dropped, empty), generator)
+        batch = task.batch(pick, generator)
         optimizer.zero_grad(set_to_none=True)
-        terms = finetuning_step(teacher, expert, recorders, batch, cfg)
-        values = {name: terms[name].item() for name in TERMS}
-        advice = f"expert {i}: try a lower --lr, or --precision fp32 or bf16"
-        checkpoint.guard(step, values["loss"], expert.parameters(), advice)
+        own = None if gates is None else (gates, task.codes[task.experts[pick]])
+        terms = finetuning_step(teacher, student, recorders, batch, cfg, own)
+        values = {term: terms[term].item() for term in TERMS}
+        advice = f"expert {name}: try a lower --lr, or --precision fp32 or bf16"
+        checkpoint.guard(step, values["loss"], student.parameters(), advice)
         optimizer.step()
         log.write(step, values)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        bar.set_postfix({k: f"{value:.4g}" for k, value in values.items()}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             checkpoint.save(step=step + 1)
     log.close()
     for recorder in recorders:
         recorder.detach()
+
+
+def refitted(task: Task, i: int) -> dict[str, Tensor]:
+    """The weights of expert `i` that are solved anew; from its file, or into it."""
+    cfg, path = task.cfg, task.run / "experts" / f"{i}.refit.safetensors"
+    if path.exists():
+        tensors, meta = load_tensors(path)
+        if meta == {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}:
+            return tensors
+    rows, generator = task.rows_of(i), step_generator(cfg.seed, f"refit {i}")
+    batch = task.batch(rows[batch_rows(len(rows), cfg.refit_images, cfg.seed, 0)], generator)
+    clock = time.time()
+    unet = task.dense.to(task.teacher.device)
+    tensors, fits = refit(unet, task.space, task.codes[i], batch.inputs(), cfg.ridge)
+    left = [fit.layer for fit in fits if not fit.gains]
+    print(
+        f"expert {i}: {len(tensors)} layers refitted on {cfg.refit_images} images in "
+        f"{time.time() - clock:.0f} s"
+        + (f"; as they were cut, since they gain nothing: {', '.join(left)}" if left else "")
+    )
+    meta = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
+    save_tensors(path, tensors, meta)
+    return tensors
+
+
+def finetune_expert(task: Task, i: int) -> None:
+    """Refit expert `i`, train it on its own prompts, and write it to the run.
+
+    Without training its file holds the refitted weights alone; the others are the teacher's.
+    """
+    cfg, run, code = task.cfg, task.run, task.codes[i]
+    path, rows = expert_path(run, i), task.rows_of(i)
+    remove_leftovers(path.parent)
+    # shared weights were trained through the gates: there is nothing to make up for
+    new = refitted(task, i) if cfg.refit and not shared_path(run).exists() else {}
+    if cfg.steps:
+        expert = cut_expert(task.dense, code, task.space)
+        expert.load_state_dict(new, strict=False)
+        optimise(task, expert.to(task.teacher.device), rows, str(i))
+        new = expert.state_dict()
     meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
-    save_expert(path, expert, code, space, meta)
-    checkpoint.path.unlink(missing_ok=True)
+    save_expert(path, new, task.dense.config, code, task.space, meta)
+    checkpoint_path(run, str(i)).unlink(missing_ok=True)
+    (run / "experts" / f"{i}.refit.safetensors").unlink(missing_ok=True)
 
 
-def first_and_last(run: Path, i: int) -> tuple[float, float]:
+def finetune_shared(task: Task) -> None:
+    """Train one set of weights through the hard gates of each sample's expert; write it."""
+    path = shared_path(task.run)
+    remove_leftovers(path.parent)
+    student = copy.deepcopy(task.dense).to(task.teacher.device)
+    gates = attach_gates(student, task.space)
+    optimise(task, student, torch.arange(len(task.experts)), "shared", gates)
+    gates.detach()
+    meta = {"codes": task.codes.int().tolist(), "settings": made_with(task.cfg)}
+    save_tensors(path, student.state_dict(), meta)
+    checkpoint_path(task.run, "shared").unlink(missing_ok=True)
+
+
+def first_and_last(run: Path, name: str) -> tuple[float, float]:
     """Mean distillation loss over the first and the last tenth of the steps, from the log."""
-    with (run / "experts" / f"{i}.csv").open(newline="", encoding="utf-8") as file:
+    with (run / "experts" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         values = [float(row["distillation"]) for row in csv.DictReader(file)]
     tenth = max(1, len(values) // 10)
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def unfinished(cfg: Finetuning, run: Path, wanted: list[int]) -> list[int]:
-    """Those of the experts that are not fine-tuned yet.
-
-    Raises `UserError` where one was fine-tuned with other settings.
-    """
-    todo = []
-    for i in wanted:
-        if expert_path(run, i).exists():
-            settings = load_tensors(expert_path(run, i))[1]["settings"]
-            refuse_other_settings(expert_path(run, i), settings, made_with(cfg))
-            checkpoint_path(run, i).unlink(missing_ok=True)  # where a kill came just before
-        else:
-            todo.append(i)
-    return todo
+def is_finished(path: Path, cfg: Finetuning) -> bool:
+    """Whether weights are there. Raises `UserError` where they were made with other settings."""
+    if not path.exists():
+        return False
+    refuse_other_settings(path, load_tensors(path)[1]["settings"], made_with(cfg))
+    path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)  # of a kill just before
+    return True
 
 
-def finetune(cfg: Finetuning) -> None:
-    """Fine-tune the experts of a run that are not done yet.
-
-    Raises `UserError` for what the user can mend.
-    """
-    check(cfg)
-    run = cfg.run or newest_run()
+def prepare(cfg: Finetuning, run: Path) -> Task:
+    """Load what a run's experts are trained on. Raises `UserError`."""
     names = ("summary.json", "config.json", "assignments.json")
     summary, settings, assigned = read_run(run, *names)
-    N = summary["num_experts"]
-    if cfg.expert is not None and not 0 <= cfg.expert < N:
-        raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
-    device = start_processes(pick_device(cfg.device))
-    wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
-    todo = unfinished(cfg, run, wanted)
-    if not todo:
-        print(f"{run}: all of the experts asked for are fine-tuned already")
-        leave_processes()
-        return
-
-    name, pixels = summary["teacher"], summary["resolution"]
-    teacher = load_teacher(name, device, precision=cfg.precision, resolution=pixels)
+    device, name, pixels = pick_device(cfg.device), summary["teacher"], summary["resolution"]
+    teacher = load_teacher(
+        name, start_processes(device), precision=cfg.precision, resolution=pixels
+    )
     # experts start from the weights as they are, not as the precision rounds them
     dense = teacher.unet if cfg.precision == "fp32" else load_teacher(name).unet
     space = find_units(dense, settings["depth"])
     codes = load_codes(run, space)
     data = load_split(settings, assigned, "train", teacher.resolution)
-    assignment = torch.tensor(assigned["train"])  # (rows,)
-    encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
-    empty = teacher.empty_conditions().to("cpu")
+    return Task(
+        cfg=cfg,
+        run=run,
+        teacher=teacher,
+        dense=load_shared(run, dense, codes) or dense,
+        space=space,
+        codes=codes,
+        experts=torch.tensor(assigned["train"]),
+        data=encode_target(teacher, data, cache_latents=settings["cache_latents"]),
+        empty=teacher.empty_conditions().to("cpu"),
+    )
+
+
+def finetune(cfg: Finetuning) -> None:
+    """Fine-tune the experts of a run, or its shared weights, that are not done yet.
+
+    Raises `UserError` for what the user can mend.
+    """
+    check(cfg)
+    run = cfg.run or newest_run()
+    (summary,) = read_run(run, "summary.json")
+    N = summary["num_experts"]
+    if cfg.expert is not None and not 0 <= cfg.expert < N:
+        raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
+    if cfg.shared and (world_size() > 1 or cfg.expert is not None):
+        raise UserError("--shared trains one set of weights: in one process, without --expert")
+    wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
+    paths = {i: expert_path(run, i) for i in wanted} if not cfg.shared else {-1: shared_path(run)}
+    todo = [i for i, path in paths.items() if not is_finished(path, cfg)]
+    if not todo:
+        print(f"{run}: all that was asked for is fine-tuned already")
+        return
+    task = prepare(cfg, run)
     leave_processes()  # from here on nothing is shared, and none waits for another
+    if cfg.shared:
+        finetune_shared(task)
     for i in [i for i in wanted[rank() :: world_size()] if i in todo]:
-        own = (assignment == i).nonzero().flatten()  # (R,)
         clock = time.time()
-        finetune_expert(
-            cfg,
-            run,
-            i,
-            teacher=teacher,
-            dense=dense,
-            space=space,
-            code=codes[i],
-            data=encoded,
-            empty=empty,
-            rows=own if len(own) else torch.arange(len(data)),
-        )
-        before, after = first_and_last(run, i)
+        finetune_expert(task, i)
+        learned = ""
+        if cfg.steps:
+            before, after = first_and_last(run, str(i))
+            learned = f", distillation loss {before:.4f} -> {after:.4f}"
         print(
-            f"expert {i}: {len(own)} prompts, {cfg.steps} steps in {time.time() - clock:.0f} s, "
-            f"distillation loss {before:.4f} -> {after:.4f}, {expert_path(run, i)}"
+            f"expert {i}: {int((task.experts == i).sum())} prompts, {cfg.steps} steps in "
+            f"{time.time() - clock:.0f} s{learned}, {expert_path(run, i)}"
         )
 
 

@@ -432,7 +432,8 @@ def cut_expert(
 
 def save_expert(
     path: Path,
-    expert: UNet2DConditionModel,
+    tensors: dict[str, Tensor],
+    config: Any,
     code: Tensor,
     space: ArchSpace,
     meta: dict[str, Any] | None = None,
@@ -440,16 +441,23 @@ def save_expert(
     """Write an expert as one safetensors file, whole or not at all.
 
     Its header holds the code, the dense U-Net's configuration, and `meta`.
+
+    Args:
+        tensors: of its `state_dict`, all or those that are not the teacher's.
+        config: of the dense U-Net.
     """
-    config = {key: value for key, value in expert.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     header = {"unet": config, "depth": space.depth, "code": code.int().tolist(), **(meta or {})}
-    save_tensors(path, expert.state_dict(), header)
+    save_tensors(path, tensors, header)
 
 
 def load_expert(
-    path: Path, device: torch.device | str = "cpu"
+    path: Path, device: torch.device | str = "cpu", dense: UNet2DConditionModel | None = None
 ) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """Read an expert and the header it was saved with: `unet`, `depth`, `code` and its `meta`.
+
+    Args:
+        dense: the teacher's U-Net, which the weights that the file lacks are cut out of.
 
     Raises:
         UserError: the file, which it names, is missing, cut short, altered or no expert.
@@ -457,11 +465,14 @@ def load_expert(
     tensors, header = load_tensors(path)
     if not {"unet", "depth", "code"} <= header.keys():
         raise UserError(f"{path} is not an expert; make one with finetune.py")
+    code = torch.tensor(header["code"])
     try:
         with torch.device("meta"):
             expert = UNet2DConditionModel.from_config(header["unet"]).eval()
         space = find_units(expert, header["depth"])
-        cut_in_place(expert, space, torch.tensor(header["code"]))
+        cut_in_place(expert, space, code)
+        if dense is not None and not expert.state_dict().keys() <= tensors.keys():
+            tensors = cut_expert(dense, code, space).state_dict() | tensors
         expert.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]

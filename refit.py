@@ -58,7 +58,7 @@ def refit(
     space: ArchSpace,
     code: Tensor,
     inputs: dict[str, Any],
-    ridge: float = 0.03,
+    ridge: float = 0.1,
 ) -> tuple[dict[str, Tensor], list[Fit]]:
     """Solve the layers of an expert that read pruned features.
 
@@ -80,17 +80,18 @@ def refit(
         gates = torch.ones(2 * n, space.size, device=inputs["sample"].device)
         gates[n:] = code.to(gates)
         run.gates.set_gates(gates)
-        unet(**doubled(inputs))
+        unet(**doubled(inputs, unet.dtype))
     finally:
         run.detach()
     return run.weights, run.fits
 
 
-def doubled(inputs: Any) -> Any:
-    """Tensors, in dictionaries of any depth, twice along the batch."""
+def doubled(inputs: Any, dtype: torch.dtype) -> Any:
+    """Tensors, in dictionaries of any depth, twice along the batch; floats in `dtype`."""
     if isinstance(inputs, dict):
-        return {name: doubled(value) for name, value in inputs.items()}
-    return torch.cat([inputs, inputs])
+        return {name: doubled(value, dtype) for name, value in inputs.items()}
+    twice = torch.cat([inputs, inputs])
+    return twice.to(dtype) if twice.is_floating_point() else twice
 
 
 class Refitting:

@@ -12,7 +12,8 @@ folder:
 | `codes.safetensors` | binary codes that meet the budget, (N, D) |
 | `assignments.json` | the expert of each prompt of both splits, as routed at test time |
 | `summary.json` | what was made; written last |
-| `experts/<i>.safetensors` | fine-tuned experts |
+| `experts/<i>.safetensors` | experts that are refitted, fine-tuned |
+| `experts/shared.safetensors` | one set of weights that all experts are cut out of |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from common.checkpoint import refuse_other_settings
@@ -218,6 +220,36 @@ def read_run(run: Path, *names: str) -> list[dict[str, Any]]:
 def expert_path(run: Path, expert: int) -> Path:
     """Where a run keeps a fine-tuned expert."""
     return run / "experts" / f"{expert}.safetensors"
+
+
+def shared_path(run: Path) -> Path:
+    """Where a run keeps the weights that all of its experts share."""
+    return run / "experts" / "shared.safetensors"
+
+
+def load_shared(
+    run: Path, unet: UNet2DConditionModel, codes: Tensor
+) -> UNet2DConditionModel | None:
+    """The run's shared weights as a dense U-Net in float32, on the CPU; None where it has none.
+
+    Raises `UserError` where they were trained for other codes.
+
+    Args:
+        unet: the teacher's, for its configuration.
+        codes: the run's, (N, D).
+    """
+    path = shared_path(run)
+    if not path.exists():
+        return None
+    tensors, header = load_tensors(path)
+    if header.get("codes") != codes.int().tolist():
+        raise UserError(
+            f"{path} was trained for other experts than the run's; delete it and run finetune.py "
+            "--shared again"
+        )
+    shared = meta_copy(unet)
+    shared.load_state_dict(tensors, assign=True)
+    return shared
 
 
 def load_codes(run: Path, space: ArchSpace) -> Tensor:

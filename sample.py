@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -29,6 +30,7 @@ import tyro
 from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from common.errors import UserError, command_line
 from common.files import check_writable, checksum, fingerprint, load_tensors
@@ -42,7 +44,15 @@ from gates import ArchSpace
 from macs import MacsModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
-from run import expert_path, load_codes, load_router, newest_run, read_run
+from run import (
+    expert_path,
+    load_codes,
+    load_router,
+    load_shared,
+    newest_run,
+    read_run,
+    shared_path,
+)
 from settings import Precision
 from teacher.model import Teacher, load_teacher
 
@@ -100,14 +110,24 @@ class APTPPipeline:
             PromptEncoder(encoder, where),
             [expert["macs_ratio"] for expert in summary["experts"]],
         )
-        load_codes(run, pipeline.space)  # refuses another teacher's run before any image is made
+        _ = pipeline.codes  # refuses another teacher's run before any image is made
         return pipeline
 
-    @property
+    @cached_property
     def space(self) -> ArchSpace:
         return find_units(
             self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"]
         )
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """The experts' binary codes, (N, D)."""
+        return load_codes(self.run, self.space)
+
+    @cached_property
+    def shared(self) -> UNet2DConditionModel | None:
+        """The weights that the experts share, on the CPU."""
+        return load_shared(self.run, self.teacher.unet, self.codes)
 
     def macs(self) -> MacsModel:
         """T(a) at the pipeline's resolution."""
@@ -115,23 +135,21 @@ class APTPPipeline:
         return measure_macs(self.teacher.unet, self.space, **sizes)
 
     def is_finetuned(self, expert: int) -> bool:
-        return expert_path(self.run, expert).exists()
+        """Whether it is more than what the cut left of the teacher."""
+        return expert_path(self.run, expert).exists() or shared_path(self.run).exists()
 
     def unet(self, expert: int) -> UNet2DConditionModel:
-        """An expert's U-Net.
+        """An expert's U-Net: its own file, else cut out of the shared weights, else the teacher.
 
-        The fine-tuned one, or, before fine-tuning, the one cut out of the teacher. -1 is the
-        teacher.
+        -1 is the teacher.
         """
         if expert not in self.experts:
-            if self.is_finetuned(expert):
-                path = expert_path(self.run, expert)
-                unet, _ = load_expert(path, self.teacher.device)
-                self.experts[expert] = unet.to(self.teacher.dtype)
+            path, teacher = expert_path(self.run, expert), self.teacher.unet
+            if path.exists():
+                unet, _ = load_expert(path, "cpu", teacher)
             else:
-                self.experts[expert] = cut_expert(
-                    self.teacher.unet, load_codes(self.run, self.space)[expert], self.space
-                )
+                unet = cut_expert(self.shared or teacher, self.codes[expert], self.space)
+            self.experts[expert] = unet.to(self.teacher.device, self.teacher.dtype)
         return self.experts[expert]
 
     def fingerprint(self, expert: int | None) -> list[str]:
@@ -144,6 +162,7 @@ class APTPPipeline:
         if expert != -1:
             files = [self.run / "router.safetensors", self.run / "codes.safetensors"]
             files += [expert_path(self.run, i) for i in range(len(self.ratios))]
+            files += [shared_path(self.run)]
         return [
             *(fingerprint(part.state_dict(), {}) for part in self.teacher.parts.values()),
             *(checksum(path) or "absent" for path in files),

@@ -112,6 +112,8 @@ class Pruning:
     """Compare centred vectors; no: raw ones (paper)."""
     predictor_rate: Weight = 0.002
     """Rate of the predictor's weights, relative to --lr (paper: 1)."""
+    lr_decay: Share = 0.5
+    """Last share of steps, where the rate falls (paper: constant)."""
     block_weight: Weight = 0.0
     """Weight of the blocks within distillation, Eq. 29 (paper: 1)."""
     normalise_blocks: bool = True
@@ -140,6 +142,7 @@ class Finetuning:
 
     HEADINGS: ClassVar[dict[str, str]] = {
         "run": "what is fine-tuned",
+        "refit": "before the first step (refit.py)",
         "steps": "training (Eq. 30, App. E.2)",
         "device": "the machine",
     }
@@ -147,8 +150,16 @@ class Finetuning:
     """Run folder; the newest run if not given."""
     expert: Number | None = None
     """One expert's number; all of them if not given."""
-    steps: Count = 100
-    """Steps an expert (paper: 30000)."""
+    shared: bool = False
+    """One set of weights for all experts, trained through their gates."""
+    refit: bool = True
+    """Solve what reads pruned features anew; no: start as cut (paper)."""
+    refit_images: Count = 512
+    """Images of an expert's own prompts that it is solved for."""
+    ridge: Positive = 0.1
+    """Pull towards the cut weights, relative to the features."""
+    steps: Number = 100
+    """Steps an expert, or of the shared weights (paper: 30000)."""
     batch_size: Count = 32
     """Images in each step (paper: 128)."""
     lr: Positive = 2e-4
@@ -202,6 +213,7 @@ def as_printed(cfg: Pruning) -> Pruning:
         own_keys=False,
         center=False,
         predictor_rate=1.0,
+        lr_decay=0.0,
         block_weight=1.0,
         normalise_blocks=False,
     )
@@ -224,7 +236,8 @@ PRESETS: dict[str, Pruning] = {  # App. E.1; the last two have all switches as t
 }
 PAPER_TUNING = Finetuning(steps=30_000, batch_size=128, lr=1e-5)  # App. E.2
 MACHINE = group(Pruning, "device")  # these may differ when a run is resumed
-TUNED_BY = group(Finetuning, "steps")  # an expert made with other values of these is another one
+# an expert made with other values of these is another one
+TUNED_BY = [*group(Finetuning, "refit"), *group(Finetuning, "steps")]
 
 
 def pruning_of(target: str) -> Pruning:

@@ -312,8 +312,9 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
             terms["loss"].backward()
             advice = "try a lower --lr or --precision fp32, and another --out"
             checkpoint.guard(step, values["loss"], router.parameters(), advice)
+            rise, fall = (step + 1) / max(1, cfg.lr_warmup), steps - step
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+                group["lr"] = group["rate"] * min(1.0, rise, fall / max(1.0, cfg.lr_decay * steps))
             optimizer.step()
             seconds["warmup" if warmup else "joint"] += time.time() - clock
             if log is None:

@@ -54,7 +54,9 @@ run, teacher, precision = Path(sys.argv[2]), *sys.argv[3:]
 unet = load_teacher(teacher, precision=precision).unet
 space = find_units(unet)
 code = load_codes(run, space)[0]
-save_expert(expert_path(run, 0), cut_expert(unet, code, space), code, space, {"expert": 0})
+tensors = cut_expert(unet, code, space).state_dict()
+save_expert(expert_path(run, 0), tensors, unet.config, code, space, {"expert": 0})
+del tensors
 del unet
 expert, meta = load_expert(expert_path(run, 0))
 params = sum(p.numel() for p in expert.parameters())

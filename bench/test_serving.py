@@ -173,7 +173,9 @@ def test_loading_an_expert(compare, unet, experts, macs, device, tmp_path):
     """Against reading the same file's tensors. The smallest expert, to save time."""
     code = experts.codes[macs(experts.codes).argmin()]
     path = tmp_path / "expert.safetensors"
-    save_expert(path, cut_expert(unet, code, experts.space), code, experts.space)
+    save_expert(
+        path, cut_expert(unet, code, experts.space).state_dict(), unet.config, code, experts.space
+    )
 
     def read():  # and not only map into memory
         return [tensor.to(device, copy=True) for tensor in load_file(path).values()]

@@ -1,6 +1,7 @@
 """Fine-tuning: one step against Eq. 30 written out, and what many steps do to an expert."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -102,18 +103,22 @@ def test_a_step_has_the_gradients_of_eq_30(unet, make_inputs, options):
 
 
 def tune(cfg, folder, i, teacher, code, encoded, rows) -> None:
-    finetune.finetune_expert(
-        cfg,
-        folder,
-        i,
+    """Fine-tune expert `i`, whose rows these are; nothing is refitted."""
+    space = find_units(teacher.unet)
+    experts = torch.full((ROWS,), i + 1)
+    experts[rows] = i
+    task = finetune.Task(
+        cfg=dataclasses.replace(cfg, refit=False),
+        run=folder,
         teacher=teacher,
         dense=teacher.unet,
-        space=find_units(teacher.unet),
-        code=code,
+        space=space,
+        codes=code.expand(i + 2, -1),
+        experts=experts,
         data=encoded,
         empty=EMPTY,
-        rows=rows,
     )
+    finetune.finetune_expert(task, i)
 
 
 def test_a_run_of_one_step_moves_weights_down_the_gradient(smallest, encoded, tmp_path):
@@ -155,7 +160,7 @@ def test_many_steps_bring_the_expert_to_the_teacher(smallest, encoded, tmp_path)
     tune(cfg, tmp_path, 0, teacher, code, encoded, rows)
     with (tmp_path / "experts" / "0.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(30))
-    first, last = finetune.first_and_last(tmp_path, 0)
+    first, last = finetune.first_and_last(tmp_path, "0")
     assert last < 0.7 * first
     tuned, _ = load_expert(tmp_path / "experts" / "0.safetensors")
     batch = add_noise(

@@ -297,7 +297,7 @@ def saved(unet, tmp_path):
     code = random_codes(space, 1, 0.5, set(KINDS), 1)[0]
     expert = cut_expert(unet, code, space)
     path = tmp_path / "expert.safetensors"
-    save_expert(path, expert, code, space, {"expert": 3})
+    save_expert(path, expert.state_dict(), unet.config, code, space, {"expert": 3})
     return path, expert, code
 
 
