@@ -1,5 +1,6 @@
 """Fine-tuning: one step against Eq. 30 written out, and what many steps do to an expert."""
 
+import copy
 import csv
 import dataclasses
 
@@ -10,9 +11,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import finetune
+from common.errors import UserError
+from common.files import load_tensors
 from common.randomness import batch_rows, step_generator
 from gates import ArchSpace, binarize
-from prune_unet import BlockRecorder, cut_expert, find_units, load_expert
+from prune_unet import BlockRecorder, attach_gates, cut_expert, find_units, load_expert
+from run import load_shared
 from settings import Finetuning
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded
@@ -173,3 +177,124 @@ def test_many_steps_bring_the_expert_to_the_teacher(smallest, encoded, tmp_path)
             for unet in (cut_expert(smallest, code, space), tuned)
         ]
     assert distances[1] < 0.7 * distances[0]
+
+
+# ---- refitted, and shared ----
+
+
+@pytest.fixture
+def task_of(smallest, encoded, tmp_path):
+    """task_of(...): a task of three experts, the last without prompts."""
+
+    def make(**options) -> finetune.Task:
+        space = find_units(smallest)
+        draw = torch.Generator().manual_seed(7)
+        codes = torch.stack(
+            [binarize(torch.randn(space.size, generator=draw) + 0.5, space) for _ in range(3)]
+        )
+        cfg = Finetuning(**{"steps": 0, "batch_size": B, "refit_images": 32, **options})
+        return finetune.Task(
+            cfg=cfg,
+            run=tmp_path,
+            teacher=tiny_teacher(smallest),
+            dense=smallest,
+            space=space,
+            codes=codes,
+            experts=torch.arange(ROWS) % 2,
+            data=encoded,
+            empty=EMPTY,
+        )
+
+    return make
+
+
+def test_a_refitted_expert_is_its_code_and_what_was_solved(task_of, smallest):
+    """Its file lacks the teacher's weights, which `load_expert` cuts out of the teacher."""
+    task = task_of()
+    before = {name: w.clone() for name, w in smallest.named_parameters()}
+    finetune.finetune_expert(task, 1)
+    path = task.run / "experts" / "1.safetensors"
+    tensors, header = load_tensors(path)
+    assert tensors.keys() == finetune.refitted(task, 1).keys() and len(tensors) > 5
+    assert header["code"] == task.codes[1].int().tolist()
+    expert, _ = load_expert(path, dense=smallest)
+    cut = cut_expert(smallest, task.codes[1], task.space)
+    for name, weight in expert.named_parameters():
+        assert torch.equal(weight, tensors.get(name, cut.get_parameter(name))), name
+    assert all(torch.equal(w, before[name]) for name, w in smallest.named_parameters())
+    with pytest.raises(UserError, match="not an expert"):
+        load_expert(path)
+
+
+def test_refitting_is_not_done_again_but_for_other_settings(task_of, monkeypatch):
+    task = task_of()
+    first = finetune.refitted(task, 0)
+    monkeypatch.setattr(finetune, "refit", lambda *_: pytest.fail("it was refitted again"))
+    again = finetune.refitted(task, 0)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = dataclasses.replace(task, cfg=dataclasses.replace(task.cfg, ridge=0.5))
+    with pytest.raises(pytest.fail.Exception):
+        finetune.refitted(other, 0)
+
+
+def test_training_starts_at_the_refitted_weights(task_of, smallest, monkeypatch):
+    task, seen = task_of(steps=1), []
+    wanted = finetune.refitted(task, 0)
+    monkeypatch.setattr(
+        finetune, "optimise", lambda _, student, *__: seen.append(student.state_dict())
+    )
+    finetune.finetune_expert(task, 0)
+    assert all(torch.equal(seen[0][name], w) for name, w in wanted.items())
+    tensors, _ = load_tensors(task.run / "experts" / "0.safetensors")
+    assert tensors.keys() == seen[0].keys()  # all weights
+    assert not list((task.run / "experts").glob("*refit*"))
+
+
+def test_an_expert_without_prompts_is_refitted_on_all(task_of):
+    task = task_of()
+    assert task.rows_of(2).tolist() == list(range(ROWS))
+    assert task.rows_of(1).tolist() == list(range(1, ROWS, 2))
+    finetune.finetune_expert(task, 2)
+    assert load_tensors(task.run / "experts" / "2.safetensors")[1]["rows"] == ROWS
+
+
+def test_a_step_of_shared_weights_is_eq_30_of_each_samples_own_expert(task_of, smallest):
+    """The gradient with respect to the dense weights, one sample through one cut expert each."""
+    task = task_of(micro_batch=4)
+    student = copy.deepcopy(smallest).requires_grad_(True)
+    gates, rows = attach_gates(student, task.space), torch.arange(B)
+    batch = task.batch(rows, torch.Generator().manual_seed(3))
+    recorders = BlockRecorder(smallest), BlockRecorder(student)
+    own = (gates, task.codes[task.experts[rows]])
+    terms = finetune.finetuning_step(task.teacher, student, recorders, batch, task.cfg, own)
+    gates.detach()
+    for recorder in recorders:
+        recorder.detach()
+    losses = []
+    for row in range(B):
+        code = task.codes[task.experts[row]]
+        expert = cut_expert(smallest, code, task.space).requires_grad_(True)
+        part = batch.part(torch.tensor([row]))
+        losses.append(eq_30(task.teacher, expert, part, task.cfg)[0])
+        # conv_in is in every expert, whole
+        (gradient,) = torch.autograd.grad(losses[-1], expert.conv_in.weight)
+        total = gradient / B if row == 0 else total + gradient / B
+    assert terms["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    found = student.conv_in.weight.grad
+    assert torch.allclose(found, total, atol=1e-5 * total.abs().max().item(), rtol=1e-3)
+
+
+def test_shared_weights_are_trained_once_and_cut_for_each_expert(task_of, smallest):
+    task = task_of(shared=True, steps=3, lr=1e-3)
+    finetune.finetune_shared(task)
+    shared = load_shared(task.run, smallest, task.codes)
+    moved = (shared.conv_in.weight - smallest.conv_in.weight).abs().max()
+    assert 0 < moved < 0.01
+    with pytest.raises(UserError, match="other experts"):
+        load_shared(task.run, smallest, 1 - task.codes)
+    again = dataclasses.replace(task, dense=shared, cfg=dataclasses.replace(task.cfg, shared=False))
+    finetune.finetune_expert(again, 0)  # from there on, apart
+    expert, _ = load_expert(task.run / "experts" / "0.safetensors")
+    start = cut_expert(shared, task.codes[0], task.space)
+    pairs = list(zip(expert.parameters(), start.parameters(), strict=True))
+    assert all((new - old).abs().max() < 0.01 for new, old in pairs)
