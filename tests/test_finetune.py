@@ -270,7 +270,7 @@ def test_a_step_of_shared_weights_is_eq_30_of_each_samples_own_expert(task_of, s
     gates.detach()
     for recorder in recorders:
         recorder.detach()
-    losses = []
+    losses, total = [], torch.zeros_like(smallest.conv_in.weight)
     for row in range(B):
         code = task.codes[task.experts[row]]
         expert = cut_expert(smallest, code, task.space).requires_grad_(True)
@@ -278,7 +278,7 @@ def test_a_step_of_shared_weights_is_eq_30_of_each_samples_own_expert(task_of, s
         losses.append(eq_30(task.teacher, expert, part, task.cfg)[0])
         # conv_in is in every expert, whole
         (gradient,) = torch.autograd.grad(losses[-1], expert.conv_in.weight)
-        total = gradient / B if row == 0 else total + gradient / B
+        total += gradient / B
     assert terms["loss"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
     found = student.conv_in.weight.grad
     assert torch.allclose(found, total, atol=1e-5 * total.abs().max().item(), rtol=1e-3)
