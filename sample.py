@@ -17,8 +17,8 @@ A prompt's image depends on the prompt and its seed, not on the other prompts, u
 
 from __future__ import annotations
 
-import re
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -287,9 +287,35 @@ class Config:
     """Of all weights."""
 
 
-def file_name(prompt: str, seed: int) -> str:
-    """`a giraffe`, 0 -> `a-giraffe-0.png`."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'prompt'}-{seed}.png"
+def file_stem(prompt: str) -> str:
+    """`A giraffe!` -> `a-giraffe`: letters, digits and their marks of any script, 60 at most."""
+    kept = [c if unicodedata.category(c)[0] in "LMN" else " " for c in prompt.lower()]
+    stem = unicodedata.normalize("NFC", "-".join("".join(kept).split()))[:60]
+    # of 255 bytes that a name may have, with room for the numbers and the temporary name
+    return stem.encode()[:180].decode(errors="ignore").strip("-") or "prompt"
+
+
+def file_names(rows: Sequence[tuple[str, int]]) -> list[str]:
+    """Names for prompts and seeds: `a giraffe`, 0 -> `a-giraffe-0.png`.
+
+    Each prompt of `rows` has names of its own, also where a file system takes upper and lower case,
+    or two spellings of a letter, for the same: a number tells prompts apart that would share one.
+    """
+    stems: dict[str, str] = {}  # of each prompt
+    taken: set[str] = set()
+    for prompt in dict.fromkeys(prompt for prompt, _ in rows):
+        stem, number = file_stem(prompt), 1
+        while (key := folded(stem)) in taken:
+            number += 1
+            stem = f"{file_stem(prompt)}-{number}"
+        taken.add(key)
+        stems[prompt] = stem
+    return [f"{stems[prompt]}-{seed}.png" for prompt, seed in rows]
+
+
+def folded(name: str) -> str:
+    """The same text for names that some file system takes for the same."""
+    return unicodedata.normalize("NFKC", name.upper().casefold())
 
 
 def sample(cfg: Config) -> Sampled:
@@ -317,10 +343,10 @@ def sample(cfg: Config) -> Sampled:
         "guidance_scale": cfg.guidance,
     }
     sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
-    for (prompt, seed), image, expert, ratio in zip(
-        rows, sampled.images, sampled.experts, sampled.macs_ratios, strict=True
+    for name, image, expert, ratio in zip(
+        file_names(rows), sampled.images, sampled.experts, sampled.macs_ratios, strict=True
     ):
-        path = out / file_name(prompt, seed)
+        path = out / name
         save_png(image, path)
         who = (
             "teacher"
