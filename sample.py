@@ -19,19 +19,29 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 import tyro
 from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError, command_line
-from common.files import check_writable, checksum, fingerprint, load_tensors
+from common.files import (
+    check_writable,
+    checksum,
+    fingerprint,
+    load_tensors,
+    one_line,
+    read_lines,
+)
 from common.options import read_options
 from common.processes import pick_device
 from common.ranges import Count, Number, Pixels, Seed, Weight, check
@@ -153,49 +163,98 @@ class APTPPipeline:
         """The expert of each prompt (Eq. 22)."""
         return self.router.route(prompts, self.encoder).tolist()
 
+    def experts_of(self, prompts: Sequence[str], expert: int | Sequence[int] | None) -> list[int]:
+        """The expert of each prompt. Raises `UserError`, and ValueError; see `__call__`."""
+        if expert is None:
+            return self.route(prompts)
+        P, N = len(prompts), len(self.ratios)
+        experts = one_each("experts", [expert] * P if isinstance(expert, Integral) else expert, P)
+        if unknown := set(experts) - {*range(-1, N)}:
+            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
+        return experts
+
+    def parts(
+        self, experts: Sequence[int], batch_size: int
+    ) -> list[tuple[UNet2DConditionModel, list[int]]]:
+        """U-Nets, and the rows that each denoises at once; the longest first, to end together."""
+        at_once = -(-min(batch_size, len(experts)) // slots(self.teacher.device))
+        parts: list[tuple[UNet2DConditionModel, list[int]]] = []
+        for chosen in sorted(set(experts)):
+            group = [row for row, value in enumerate(experts) if value == chosen]
+            unet = self.unet(chosen)
+            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
+        return sorted(parts, key=lambda part: -len(part[1]))
+
+    def sources(
+        self,
+        P: int,
+        seeds: int | Sequence[int] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> list[Any]:
+        """What makes each prompt's noise. Raises ValueError."""
+        if seeds is not None and generator is not None:
+            raise ValueError("seeds and generator exclude each other; give one of them")
+        if not isinstance(generator, torch.Generator):
+            if generator is not None:
+                return one_each("generators", generator, P)
+            return one_each("seeds", range(P) if seeds is None else seeds, P)
+        # a state for each image, so that it does not matter which are denoised together
+        size, states = self.teacher.latent_size, []
+        shape = (1, self.teacher.unet.config.in_channels, size, size)
+        for _ in range(P):
+            states.append(generator.clone_state())
+            torch.randn(
+                shape, generator=generator, device=generator.device, dtype=self.teacher.dtype
+            )
+        return states
+
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         expert: int | Sequence[int] | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float | None = None,
         batch_size: int = 64,
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> Sampled:
         """Generate one image for each prompt.
 
         Args:
-            prompts: P prompts, none empty.
+            prompts: one, or P prompts, none empty.
             seeds: one for each prompt; 0, 1, 2, ... if absent.
+            generator: instead of seeds, one for each prompt, or one that makes the noise of all,
+                as diffusers' pipelines have it.
             expert: one for all prompts, or one for each; -1 is the unpruned teacher; with None the
                 router chooses.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
             batch_size: the largest number of images denoised at once, by all threads together.
+            on_image: called with each prompt's number and its image as soon as that is there, in
+                one of the threads.
 
         Raises:
             UserError: a prompt is empty or too long, or the expert does not exist.
+            ValueError: there are no prompts, or seeds, generators or experts of another number.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("prompts is empty; give a prompt, or a list of them")
         for prompt in prompts:
             check_prompt(prompt)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        given = [expert] * len(prompts) if isinstance(expert, int) else expert
-        experts = self.route(prompts) if given is None else list(given)
-        assert len(seeds) == len(experts) == len(prompts)
-        if unknown := set(experts) - {*range(-1, N := len(self.ratios))}:
-            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
-        at_once = -(-min(batch_size, len(prompts)) // slots(self.teacher.device))
-        parts: list[tuple[UNet2DConditionModel, list[int]]] = []  # rows for one U-Net
-        for chosen in sorted(set(experts)):
-            group = [row for row, value in enumerate(experts) if value == chosen]
-            unet = self.unet(chosen)
-            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
-        parts.sort(key=lambda part: -len(part[1]))  # the longest first, so that all end together
+        sources = self.sources(len(prompts), seeds, generator)
+        experts = self.experts_of(prompts, expert)
+        parts = self.parts(experts, batch_size)
 
         def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
-            own = [prompts[row] for row in part[1]], [seeds[row] for row in part[1]]
-            return self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+            own = [prompts[row] for row in part[1]], [sources[row] for row in part[1]]
+            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+            for row, image in zip(part[1], made, strict=True):
+                if on_image is not None:
+                    on_image(row, image)
+            return made
 
         clock = time.time()
         made = side_by_side(generate, parts, self.teacher.device)
@@ -203,11 +262,20 @@ class APTPPipeline:
         images = dict(zip(rows, chain.from_iterable(made), strict=True))
         return Sampled(
             [images[row] for row in range(len(prompts))],
-            list(prompts),
+            prompts,
             experts,
             [1.0 if i < 0 else self.ratios[i] for i in experts],
             (time.time() - clock) / len(prompts),
         )
+
+
+def one_each(what: str, given: Any, P: int) -> list[Any]:
+    """Whole numbers, also NumPy's, or generators: one for each prompt. Raises ValueError."""
+    values = [given] if isinstance(given, Integral) else given
+    found = [value if isinstance(value, torch.Generator) else index(value) for value in values]
+    if len(found) != P:
+        raise ValueError(f"{len(found)} {what} for {P} prompts; give one for each prompt")
+    return found
 
 
 def check_prompt(prompt: str) -> None:
@@ -221,15 +289,8 @@ def check_prompt(prompt: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file. Raises `UserError` where there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts-file {path} could not be read ({error}); give a UTF-8 text file with a "
-            f"prompt a line"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    """The prompts of a UTF-8 file, one a line. Raises `UserError` where there are none."""
+    prompts = [prompt for line in read_lines(path) if (prompt := one_line(line))]
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt; write one a line")
     return prompts
@@ -337,17 +398,19 @@ def sample(cfg: Config) -> Sampled:
     pipeline = APTPPipeline.from_pretrained(run, cfg.device, **where)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
+    paths = [out / name for name in file_names(rows)]
     options: dict[str, Any] = {
         "seeds": seeds,
         "num_inference_steps": cfg.steps,
         "guidance_scale": cfg.guidance,
     }
-    sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
-    for name, image, expert, ratio in zip(
-        file_names(rows), sampled.images, sampled.experts, sampled.macs_ratios, strict=True
-    ):
-        path = out / name
-        save_png(image, path)
+    sampled = pipeline(
+        names,
+        expert=-1 if cfg.teacher_only else cfg.expert,
+        on_image=lambda row, image: save_png(image, paths[row]),  # so that Ctrl-C keeps it
+        **options,
+    )
+    for path, expert, ratio in zip(paths, sampled.experts, sampled.macs_ratios, strict=True):
         who = (
             "teacher"
             if expert < 0
