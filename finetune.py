@@ -35,7 +35,7 @@ from common.randomness import batch_rows, step_generator
 from common.ranges import check
 from gates import ArchSpace
 from prune_unet import BlockRecorder, cut_expert, find_units, save_expert
-from run import expert_path, load_codes, load_split, newest_run, read_run
+from run import check_expert, expert_path, load_codes, load_split, newest_run, read_run
 from settings import TUNED_BY, Finetuning, finetuning_of
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded, encode_target
@@ -168,13 +168,14 @@ def first_and_last(run: Path, i: int) -> tuple[float, float]:
 def unfinished(cfg: Finetuning, run: Path, wanted: list[int]) -> list[int]:
     """Those of the experts that are not fine-tuned yet.
 
-    Raises `UserError` where one was fine-tuned with other settings.
+    Raises `UserError` where one was fine-tuned with other settings, or is another run's.
     """
-    todo = []
+    todo, codes = [], load_codes(run)
     for i in wanted:
         if expert_path(run, i).exists():
-            settings = load_tensors(expert_path(run, i))[1]["settings"]
-            refuse_other_settings(expert_path(run, i), settings, made_with(cfg))
+            header = load_tensors(expert_path(run, i))[1]
+            check_expert(expert_path(run, i), header, codes[i])
+            refuse_other_settings(expert_path(run, i), header["settings"], made_with(cfg))
             checkpoint_path(run, i).unlink(missing_ok=True)  # where a kill came just before
         else:
             todo.append(i)

@@ -10,7 +10,7 @@ folder:
 | `metrics.csv` | the terms of the loss, a row a step |
 | `router.safetensors` | the router, and its prompt encoder's name |
 | `codes.safetensors` | binary codes that meet the budget, (N, D) |
-| `assignments.json` | the expert of each prompt of both splits, as routed at test time |
+| `assignments.json` | the expert of each prompt at test time, and a hash of each split's rows |
 | `summary.json` | what was made; written last |
 | `experts/<i>.safetensors` | fine-tuned experts |
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Setup:
     content: Tensor  # C, the map of `content_map`, (dz, dz)
     encoded: Encoded  # the training rows as the U-Net reads them
     seconds: float  # spent on encoding
+    identities: dict[str, str] = field(default_factory=dict)  # split -> a hash of what its rows are
 
     def start_router(self) -> PromptRouter:
         """An untrained router on the teacher's device."""
@@ -122,6 +123,10 @@ def prepare(cfg: Pruning) -> Setup:
             f"--target {cfg.target} has {len(splits[0])} training prompts, fewer than the "
             f"{cfg.num_experts} experts; lower --num-experts or add images"
         )
+    identities = {
+        split: data.identity(states=False)
+        for split, data in zip(("train", "validation"), splits, strict=True)
+    }
     teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
     if cfg.resolution is None:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
@@ -156,6 +161,7 @@ def prepare(cfg: Pruning) -> Setup:
         content=content,
         encoded=encoded,
         seconds=time.time() - clock,
+        identities=identities,
     )
 
 
@@ -220,11 +226,20 @@ def expert_path(run: Path, expert: int) -> Path:
     return run / "experts" / f"{expert}.safetensors"
 
 
-def load_codes(run: Path, space: ArchSpace) -> Tensor:
-    """The run's binary codes, (N, D). Raises `UserError` where they belong to another U-Net."""
+def check_expert(path: Path, header: dict[str, Any], code: Tensor) -> None:
+    """Raises `UserError` where an expert's file was not cut by the run's own code, (D,)."""
+    if header.get("code") != code.int().tolist():
+        raise UserError(
+            f"{path} is not an expert of this run: its code is another one than the run's "
+            f"codes.safetensors has; delete it and run finetune.py"
+        )
+
+
+def load_codes(run: Path, space: ArchSpace | None = None) -> Tensor:
+    """The run's binary codes, (N, D). Raises `UserError` where they are not for `space`."""
     tensors, _ = load_tensors(run / "codes.safetensors")
     codes = tensors["codes"].float()
-    if codes.shape[1] != space.size:
+    if space is not None and codes.shape[1] != space.size:
         raise UserError(
             f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run "
             f"is from another teacher"
@@ -248,13 +263,13 @@ def load_router(run: Path, device: torch.device) -> tuple[PromptRouter, str]:
 
 
 def load_split(
-    settings: dict[str, Any], assigned: dict[str, list[int]], split: str, resolution: int
+    settings: dict[str, Any], assigned: dict[str, Any], split: str, resolution: int
 ) -> CaptionedImages:
     """A split of a run's target. Raises `UserError` where its rows have changed since the run.
 
     Args:
         settings: the run's config.json.
-        assigned: the run's assignments.json.
+        assigned: the run's assignments.json; without a hash, numbers of rows alone are compared.
         resolution: pixels a side.
     """
     data = load_target(
@@ -269,6 +284,13 @@ def load_split(
         raise UserError(
             f"{data.report()}; the run's assignments have {len(assigned[split]):,} rows of "
             f"{split}: give its images back as they were, or prune again with train.py"
+        )
+    identity = data.identity(states=False)
+    if assigned.get("data", {}).get(split, identity) != identity:
+        raise UserError(
+            f"the {len(data):,} rows of {split} of target {settings['target']} are not those of "
+            f"the run: a caption, an image's name or their order has changed; give them back as "
+            f"they were, or prune again with train.py"
         )
     return data
 
@@ -313,9 +335,8 @@ def write_results(
         {**router.settings(), "prompt_encoder": setup.encoder.name},
     )
     save_tensors(run / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth})
-    write_json(
-        run / "assignments.json", {split: experts.tolist() for split, experts in routed.items()}
-    )
+    assigned = {split: experts.tolist() for split, experts in routed.items()}
+    write_json(run / "assignments.json", assigned | {"data": setup.identities})
     summary = {
         "method": method,
         "target": cfg.target,

@@ -52,7 +52,7 @@ from gates import ArchSpace
 from macs import MacsModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
-from run import expert_path, load_codes, load_router, newest_run, read_run
+from run import check_expert, expert_path, load_codes, load_router, newest_run, read_run
 from settings import Precision
 from teacher.model import Teacher, load_teacher
 
@@ -134,18 +134,18 @@ class APTPPipeline:
         teacher.
         """
         if expert not in self.experts:
+            code = load_codes(self.run, self.space)[expert]
             if self.is_finetuned(expert):
                 path = expert_path(self.run, expert)
-                unet, _ = load_expert(path, self.teacher.device)
+                unet, header = load_expert(path, self.teacher.device)
+                check_expert(path, header, code)
                 self.experts[expert] = unet.to(self.teacher.dtype)
             else:
-                self.experts[expert] = cut_expert(
-                    self.teacher.unet, load_codes(self.run, self.space)[expert], self.space
-                )
+                self.experts[expert] = cut_expert(self.teacher.unet, code, self.space)
         return self.experts[expert]
 
     def fingerprint(self, expert: int | None) -> list[str]:
-        """Checksums of all that an image of a prompt depends on.
+        """Checksums of all that an image of a prompt depends on, beside what it is asked with.
 
         Args:
             expert: -1 for the teacher, None for the router's choice.
@@ -154,8 +154,12 @@ class APTPPipeline:
         if expert != -1:
             files = [self.run / "router.safetensors", self.run / "codes.safetensors"]
             files += [expert_path(self.run, i) for i in range(len(self.ratios))]
+        teacher = self.teacher
+        how = {k: v for k, v in teacher.pipe.scheduler.config.items() if not k.startswith("_")}
+        how |= {"resolution": teacher.resolution, "guidance": teacher.guidance_scale}
         return [
-            *(fingerprint(part.state_dict(), {}) for part in self.teacher.parts.values()),
+            fingerprint({}, how),
+            *(fingerprint(part.state_dict(), {}) for part in teacher.parts.values()),
             *(checksum(path) or "absent" for path in files),
         ]
 

@@ -121,13 +121,14 @@ class CaptionedImages:
     def identity(self, states: bool = True) -> str:
         """A hash of what the rows are, in their order: captions, images' names and states.
 
+        A folder may have another name.
+
         Args:
             states: False for a hash that stays when files are only copied or touched.
         """
         rows = zip(self.captions, self.stamps(), strict=True)
         return rows_key(
-            self.name,
-            lines=(text for row, (name, state) in rows for text in (row, name, state * states)),
+            lines=(text for row, (name, state) in rows for text in (row, name, state * states))
         )
 
     def report(self) -> str:

@@ -100,6 +100,19 @@ def test_another_expert_means_other_images(run):
     assert folder(-1) != teacher and folder(None) != routed
 
 
+@pytest.mark.parametrize("change", ["guidance", "scheduler", "size"])
+def test_a_teacher_that_samples_in_another_way_means_other_images(run, change):
+    pipeline = APTPPipeline.from_pretrained(run, "cpu")
+    before = [pipeline.fingerprint(expert) for expert in (None, -1)]
+    assert before == [pipeline.fingerprint(expert) for expert in (None, -1)]
+    if change == "scheduler":
+        pipeline.teacher.pipe.scheduler.register_to_config(beta_end=0.02)
+    else:
+        options = {"guidance": {"guidance_scale": 3.0}, "size": {"pixels": 32}}[change]
+        pipeline.teacher = dataclasses.replace(pipeline.teacher, **options)
+    assert not {*map(tuple, before)} & {tuple(pipeline.fingerprint(i)) for i in (None, -1)}
+
+
 def test_free_prompts_get_a_pickscore_of_their_own(run, tmp_path, monkeypatch):
     """With a stand-in network: brightness of the image against length of the prompt."""
 

@@ -1,18 +1,22 @@
 """Runs: what a method is given, and the folder that it leaves."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROWS
+from small_data import make_folder
 
 import run
+import train
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from common.randomness import batch_rows, step_generator
 from macs import meet_budget
+from targets.images import load_target
 
 B = 6  # rows a batch
 
@@ -60,6 +64,46 @@ def test_a_run_whose_rows_have_changed_is_refused_in_one_line():
     assigned["train"].append(1)
     with pytest.raises(UserError, match=r"emoji: 12 rows; .* 13 rows of train.*train\.py"):
         run.load_split(settings, assigned, "train", 64)
+
+
+def reverse(lines: list[str]) -> list[str]:
+    return lines[::-1]
+
+
+def caption(lines: list[str]) -> list[str]:
+    return [line.replace("picture 3", "picture 4") for line in lines]
+
+
+def rename(lines: list[str]) -> list[str]:
+    return [line.replace("3.jpg", "30.jpg") for line in lines]
+
+
+@pytest.mark.parametrize("change", [reverse, caption, rename])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_of_another_order_caption_or_name_are_refused(tmp_path, split, change):
+    """Their number is the same; files that were only copied or moved are no change."""
+    rows = [(f"{split}/{k}.jpg", f"picture {k}") for k in range(5)]
+    make_folder(tmp_path / "a", [*rows, ("train/9.jpg", "x"), ("validation/8.jpg", "y")])
+    settings = {"target": str(tmp_path / "a"), "seed": 0, "limit": None, "data_dir": None}
+    hashes = {split: load_target(settings["target"], split).identity(states=False)}
+    assigned = {split: [0] * 6, "data": hashes}
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    settings["target"] = str(tmp_path / "b")
+    assert len(run.load_split(settings, assigned, split, 64)) == 6
+    path = tmp_path / "b" / "metadata.jsonl"
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    shutil.copyfile(tmp_path / "a" / split / "3.jpg", tmp_path / "b" / split / "30.jpg")
+    with pytest.raises(UserError, match=rf"6 rows of {split} .* not those of the run.*train\.py"):
+        run.load_split(settings, assigned, split, 64)
+
+
+def test_a_stopped_training_does_not_go_on_with_other_rows(setup_of, smallest, tmp_path):
+    setup = setup_of(smallest, out=tmp_path, importance_start=False)
+    setup = dataclasses.replace(setup, identities={"train": "these"})
+    train.optimise(setup)
+    train.optimise(setup)
+    with pytest.raises(UserError, match=r"data: these, now those"):
+        train.optimise(dataclasses.replace(setup, identities={"train": "those"}))
 
 
 def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, tmp_path):
