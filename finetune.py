@@ -35,7 +35,15 @@ from common.randomness import batch_rows, step_generator
 from common.ranges import check
 from gates import ArchSpace
 from prune_unet import BlockRecorder, cut_expert, find_units, save_expert
-from run import check_expert, expert_path, load_codes, load_split, newest_run, read_run
+from run import (
+    check_expert,
+    expert_path,
+    load_codes,
+    load_run_teacher,
+    load_split,
+    newest_run,
+    read_run,
+)
 from settings import TUNED_BY, Finetuning, finetuning_of
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded, encode_target
@@ -202,13 +210,13 @@ def finetune(cfg: Finetuning) -> None:
         leave_processes()
         return
 
-    name, pixels = summary["teacher"], summary["resolution"]
-    teacher = load_teacher(name, device, precision=cfg.precision, resolution=pixels)
+    options = {"precision": cfg.precision, "resolution": summary["resolution"]}
+    teacher = load_run_teacher(run, cfg.teacher, device, **options)
     # experts start from the weights as they are, not as the precision rounds them
-    dense = teacher.unet if cfg.precision == "fp32" else load_teacher(name).unet
+    dense = teacher.unet if cfg.precision == "fp32" else load_teacher(teacher.name).unet
     space = find_units(dense, settings["depth"])
     codes = load_codes(run, space)
-    data = load_split(settings, assigned, "train", teacher.resolution)
+    data = load_split(run, settings, assigned, "train", teacher.resolution, cfg.data_dir)
     assignment = torch.tensor(assigned["train"])  # (rows,)
     encoded = encode_target(teacher, data, cache_latents=settings["cache_latents"])
     empty = teacher.empty_conditions().to("cpu")

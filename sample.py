@@ -52,9 +52,18 @@ from gates import ArchSpace
 from macs import MacsModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
-from run import check_expert, expert_path, load_codes, load_router, newest_run, read_run
+from run import (
+    check_expert,
+    expert_path,
+    load_codes,
+    load_router,
+    load_run_teacher,
+    named_by,
+    newest_run,
+    read_run,
+)
 from settings import Precision
-from teacher.model import Teacher, load_teacher
+from teacher.model import Teacher
 
 MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's limit is 2^16 pixels
 
@@ -93,23 +102,26 @@ class APTPPipeline:
         *,
         precision: str = "fp32",
         resolution: int | None = None,
+        teacher: str | None = None,
+        prompt_encoder: str | None = None,
     ) -> APTPPipeline:
-        """Load a run folder. Raises `UserError` where it is incomplete or from another teacher."""
+        """Load a run folder.
+
+        Args:
+            teacher, prompt_encoder: where the run's are now, if they were moved.
+
+        Raises:
+            UserError: it is incomplete, from another teacher, or what it names is not there.
+        """
         run, where = Path(run), pick_device(device)
-        if not run.is_dir():
-            raise UserError(f"--run {run} does not exist; `python train.py` makes one")
         (summary,) = read_run(run, "summary.json")
-        teacher = load_teacher(
-            summary["teacher"], where, precision=precision, resolution=resolution
-        )
-        router, encoder = load_router(run, where)
-        pipeline = cls(
-            run,
-            teacher,
-            router,
-            PromptEncoder(encoder, where),
-            [expert["macs_ratio"] for expert in summary["experts"]],
-        )
+        options = {"precision": precision, "resolution": resolution or summary["macs_resolution"]}
+        loaded = load_run_teacher(run, teacher, where, **options)
+        router, name = load_router(run, where)
+        with named_by(run / "router.safetensors", "--prompt-encoder", prompt_encoder):
+            encoder = PromptEncoder(prompt_encoder or name, where)
+        ratios = [expert["macs_ratio"] for expert in summary["experts"]]
+        pipeline = cls(run, loaded, router, encoder, ratios)
         load_codes(run, pipeline.space)  # refuses another teacher's run before any image is made
         return pipeline
 
@@ -334,6 +346,10 @@ class Config:
     """Folder for the PNG files; <run>/samples if not given."""
     run: Path | None = None
     """Run folder; the newest run if not given."""
+    teacher: str | None = None
+    """Where the run's teacher is now, if it was moved."""
+    prompt_encoder: str | None = None
+    """Where the run's prompt encoder is now, if it was moved."""
     expert: Number | None = None
     """Use this expert, whatever the router says."""
     teacher_only: bool = False
@@ -398,8 +414,14 @@ def sample(cfg: Config) -> Sampled:
         raise UserError("--expert and --teacher-only exclude each other; give one of them")
     run = cfg.run or newest_run()
     check_writable(out := cfg.out or run / "samples")
-    where: dict[str, Any] = {"precision": cfg.precision, "resolution": cfg.resolution}
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device, **where)
+    pipeline = APTPPipeline.from_pretrained(
+        run,
+        cfg.device,
+        precision=cfg.precision,
+        resolution=cfg.resolution,
+        teacher=cfg.teacher,
+        prompt_encoder=cfg.prompt_encoder,
+    )
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     paths = [out / name for name in file_names(rows)]

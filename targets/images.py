@@ -216,6 +216,16 @@ def check_target(target: str) -> None:
         )
 
 
+def check_images(data: CaptionedImages, split: str) -> None:
+    """Raises `UserError` where a split has too few images for scores of a set, such as FID."""
+    count = len(np.unique(data.image_ids))
+    if count < 2:
+        raise UserError(
+            f"the {split} split of {data.name} has {count} image, and scores of a set of images "
+            f"need 2 or more; add images"
+        )
+
+
 def evenly_spaced(rows: int, limit: int | None) -> list[int]:
     """`limit` row numbers, evenly spaced over `rows`; all of them without a limit."""
     count = rows if limit is None else min(limit, rows)

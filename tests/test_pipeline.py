@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from small_data import make_coco
 
+import evaluate
 import finetune
 import sample
 import train
@@ -288,7 +289,15 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
     refused(sample, arguments, "1620", "another teacher")
     summary = read_json(run / "summary.json")
     write_json(folder / "summary.json", summary | {"teacher": "dalle"})
-    refused(sample, arguments, "dalle")
+    refused(sample, arguments, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    tuning = ["--run", str(folder), "--device", "cpu"]
+    refused(finetune, tuning, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    refused(evaluate, tuning, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    refused(sample, [*arguments, "--teacher", "gone/sd"], "error: --teacher gone/sd is no folder")
+    copy_run(run, folder)
+    tensors, meta = load_tensors(run / "router.safetensors")
+    save_tensors(folder / "router.safetensors", tensors, meta | {"prompt_encoder": "gone/it"})
+    refused(sample, arguments, "gone/it", "router.safetensors names it; --prompt-encoder says")
     del summary["teacher"]
     write_json(folder / "summary.json", summary)
     refused(sample, arguments, "summary.json", "teacher")
