@@ -167,12 +167,12 @@ def parse_methods(text: str) -> list[Method]:
 # ---- pruning ----
 
 
-def prepared(cfg: Pruning, last: dict[Any, Setup]) -> Setup:
+def prepared(cfg: Pruning, last: dict[Any, Setup], scored: bool) -> Setup:
     """What a method is given; that of the method before, where `prepare` would give the same."""
     key = (cfg.seed, cfg.depth, getattr(cfg, "by_content", None))  # the others are in `OF_ALL`
     if key not in last:
         last.clear()
-        last[key] = prepare(cfg)
+        last[key] = prepare(cfg, scored)
     return replace(last[key], cfg=cfg)
 
 
@@ -198,16 +198,16 @@ def agreement(router: PromptRouter, setup: Setup) -> float:
     return (torch.cat(assigned) == router.nearest(e)).float().mean().item()
 
 
-def prune(method: Method, cfg: Pruning, last: dict[Any, Setup]) -> int:
+def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = True) -> int:
     """Make the run folder `cfg.out`, unless it is there; returns how many experts it has.
 
-    Raises `UserError`.
+    Raises `UserError`; see `prepare`.
     """
     assert cfg.out
     run, settings = cfg.out, as_json(cfg) | {"method": method.name}
     check_resumable(run, settings)
     if not (run / "summary.json").exists():
-        setup = prepared(cfg, last)
+        setup = prepared(cfg, last, scored)
         write_json(run / "config.json", settings)
         given, codes, seconds, routing = None, None, dict[str, float](), dict[str, float]()
         if method.clusters:
@@ -285,7 +285,7 @@ def distances(run: Path, method: str, device: str) -> list[dict[str, Any]]:
     codes, macs = load_codes(run, pipeline.space), pipeline.macs()
     found = []
     for split in ("train", "validation"):
-        data = load_split(settings, assigned, split, pipeline.teacher.resolution)
+        data = load_split(run, settings, assigned, split, pipeline.teacher.resolution)
         values = distances_of(pipeline.teacher, data, codes, assigned[split], macs)
         ratio = sum(pipeline.ratios[i] for i in assigned[split]) / len(data)
         found.append({"method": method, "split": split, "macs_ratio": ratio} | as_row(values))
@@ -349,7 +349,7 @@ def compare(cfg: Config) -> Path:
     """
     check(cfg)
     methods = parse_methods(cfg.methods)
-    folder = cfg.out or RUNS / f"compare-{Path(cfg.target).name}-{cfg.budget:g}"
+    folder = cfg.out or RUNS / f"compare-{Path(cfg.target).resolve().name}-{cfg.budget:g}"
     tuning = replace(finetuning_of(cfg.target), device=cfg.device, precision=cfg.precision)
     steps = tuning.steps if cfg.finetune_steps is None else cfg.finetune_steps
     runs = [
@@ -369,7 +369,7 @@ def compare(cfg: Config) -> Path:
     for number, (method, seed, pruning) in enumerate(runs, start=1):
         print(f"--- run {number} of {len(runs)}: {method.name}, seed {seed}", flush=True)
         assert pruning.out
-        N = prune(method, pruning, last)
+        N = prune(method, pruning, last, scored=not cfg.distances_only)
         lengths = {"expert": steps, "all": steps * cfg.num_experts // N}
         wanted = {lengths[name] for name in PROTOCOLS[cfg.protocol]}
         for own in sorted(wanted) if method.base != "dense" else [0]:
@@ -387,4 +387,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, goes_on=True)

@@ -51,8 +51,10 @@ from prune_unet import (
 )
 from refit import refit
 from run import (
+    check_expert,
     expert_path,
     load_codes,
+    load_run_teacher,
     load_shared,
     load_split,
     newest_run,
@@ -263,11 +265,17 @@ def first_and_last(run: Path, name: str) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def is_finished(path: Path, cfg: Finetuning) -> bool:
-    """Whether weights are there. Raises `UserError` where they were made with other settings."""
+def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
+    """Whether weights are there.
+
+    Raises `UserError` where they were made with other settings, or for another code, (D,).
+    """
     if not path.exists():
         return False
-    refuse_other_settings(path, load_tensors(path)[1]["settings"], made_with(cfg))
+    header = load_tensors(path)[1]
+    if code is not None:
+        check_expert(path, header, code)
+    refuse_other_settings(path, header["settings"], made_with(cfg))
     path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)  # of a kill just before
     return True
 
@@ -276,15 +284,14 @@ def prepare(cfg: Finetuning, run: Path) -> Task:
     """Load what a run's experts are trained on. Raises `UserError`."""
     names = ("summary.json", "config.json", "assignments.json")
     summary, settings, assigned = read_run(run, *names)
-    device, name, pixels = pick_device(cfg.device), summary["teacher"], summary["resolution"]
-    teacher = load_teacher(
-        name, start_processes(device), precision=cfg.precision, resolution=pixels
-    )
+    options = {"precision": cfg.precision, "resolution": summary["resolution"]}
+    device = start_processes(pick_device(cfg.device))
+    teacher = load_run_teacher(run, cfg.teacher, device, **options)
     # experts start from the weights as they are, not as the precision rounds them
-    dense = teacher.unet if cfg.precision == "fp32" else load_teacher(name).unet
+    dense = teacher.unet if cfg.precision == "fp32" else load_teacher(teacher.name).unet
     space = find_units(dense, settings["depth"])
     codes = load_codes(run, space)
-    data = load_split(settings, assigned, "train", teacher.resolution)
+    data = load_split(run, settings, assigned, "train", teacher.resolution, cfg.data_dir)
     return Task(
         cfg=cfg,
         run=run,
@@ -311,9 +318,11 @@ def finetune(cfg: Finetuning) -> None:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     if cfg.shared and (world_size() > 1 or cfg.expert is not None):
         raise UserError("--shared trains one set of weights: in one process, without --expert")
-    wanted = [cfg.expert] if cfg.expert is not None else list(range(N))
-    paths = {i: expert_path(run, i) for i in wanted} if not cfg.shared else {-1: shared_path(run)}
-    todo = [i for i, path in paths.items() if not is_finished(path, cfg)]
+    wanted, codes = [cfg.expert] if cfg.expert is not None else list(range(N)), load_codes(run)
+    if cfg.shared:
+        todo = [] if is_finished(shared_path(run), cfg, None) else [-1]
+    else:
+        todo = [i for i in wanted if not is_finished(expert_path(run, i), cfg, codes[i])]
     if not todo:
         print(f"{run}: all that was asked for is fine-tuned already")
         return
@@ -350,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, goes_on=True)

@@ -10,7 +10,7 @@ folder:
 | `metrics.csv` | the terms of the loss, a row a step |
 | `router.safetensors` | the router, and its prompt encoder's name |
 | `codes.safetensors` | binary codes that meet the budget, (N, D) |
-| `assignments.json` | the expert of each prompt of both splits, as routed at test time |
+| `assignments.json` | the expert of each prompt at test time, and a hash of each split's rows |
 | `summary.json` | what was made; written last |
 | `experts/<i>.safetensors` | experts that are refitted, fine-tuned |
 | `experts/shared.safetensors` | one set of weights that all experts are cut out of |
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from common.checkpoint import refuse_other_settings
 from common.errors import UserError
 from common.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from common.processes import pick_device, start_processes
+from common.processes import check_agreement, pick_device, start_processes
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
 from macs import MacsModel, check_budget, measure_macs, meet_budget
@@ -39,7 +40,7 @@ from prune_unet import cut_in_place, find_units, meta_copy
 from router import PromptEncoder, PromptRouter, content_map
 from settings import MACHINE, RUNS, Pruning
 from targets.emoji import EMOJI_SIZE
-from targets.images import CaptionedImages, load_target
+from targets.images import TARGETS, CaptionedImages, check_images, load_target
 from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
@@ -47,8 +48,8 @@ PAPER_PIXELS = 256  # while pruning
 WORDINGS_OF = 300  # images whose captions `content_map` compares
 NEEDED = {  # what scripts read of a run, by its file
     "summary.json": (
-        *("target", "teacher", "resolution", "budget", "num_experts", "experts"),
-        *("macs_dense", "macs_ratio_mean", "usage_train", "usage_validation"),
+        *("target", "teacher", "resolution", "macs_resolution", "budget", "num_experts"),
+        *("experts", "macs_dense", "macs_ratio_mean", "usage_train", "usage_validation"),
     ),
     "config.json": ("target", "data_dir", "limit", "seed", "depth", "cache_latents"),
     "assignments.json": ("train", "validation"),
@@ -73,6 +74,7 @@ class Setup:
     content: Tensor  # C, the map of `content_map`, (dz, dz)
     encoded: Encoded  # the training rows as the U-Net reads them
     seconds: float  # spent on encoding
+    identities: dict[str, str] = field(default_factory=dict)  # split -> a hash of what its rows are
 
     def start_router(self) -> PromptRouter:
         """An untrained router on the teacher's device."""
@@ -105,31 +107,43 @@ class Setup:
         return add_noise(self.teacher, *self.encoded.batch(rows), generator, local, B)
 
 
-def prepare(cfg: Pruning) -> Setup:
+def load_splits(cfg: Pruning, pixels: int) -> dict[str, CaptionedImages]:
+    """Both splits of the target. Raises `UserError`."""
+    where: dict[str, Any] = {"data_dir": cfg.data_dir, "seed": cfg.seed, "resolution": pixels}
+    return {
+        split: load_target(cfg.target, split, limit=limit, **where)
+        for split, limit in (("train", cfg.limit), ("validation", None))
+    }
+
+
+def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     """Load the teacher and the data set, and encode the training rows.
 
-    Raises `UserError`.
+    Args:
+        scored: whether images of both splits will be scored, for which some targets are too small.
+
+    Raises:
+        UserError: something is missing, too small, or does not fit.
     """
     device = start_processes(pick_device(cfg.device))
-    where: dict[str, Any] = {"data_dir": cfg.data_dir, "seed": cfg.seed}
-
-    def load_splits(pixels: int) -> list[CaptionedImages]:
-        train = load_target(cfg.target, "train", limit=cfg.limit, resolution=pixels, **where)
-        return [train, load_target(cfg.target, "validation", resolution=pixels, **where)]
-
     pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
-    splits = load_splits(pixels)  # data first, since what is missing there is found at once
-    if len(splits[0]) < cfg.num_experts:
+    splits = load_splits(cfg, pixels)  # data first, since what is missing there is found at once
+    if len(splits["train"]) < cfg.num_experts:
         raise UserError(
-            f"--target {cfg.target} has {len(splits[0])} training prompts, fewer than the "
+            f"--target {cfg.target} has {len(splits['train'])} training prompts, fewer than the "
             f"{cfg.num_experts} experts; lower --num-experts or add images"
         )
+    for split, rows in splits.items() if scored else ():
+        check_images(rows, split)
+    identities = {split: rows.identity(states=False) for split, rows in splits.items()}
+    number = int(identities["train"][:12], 16)
+    check_agreement(number, "the hash of their training rows", device)
     teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
     if cfg.resolution is None:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
     if teacher.resolution != pixels:
-        splits = load_splits(teacher.resolution)
-    data, validation = splits
+        splits = load_splits(cfg, teacher.resolution)
+    data = splits["train"]
     if cfg.checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     space = find_units(teacher.unet, cfg.depth)
@@ -152,12 +166,13 @@ def prepare(cfg: Pruning) -> Setup:
         space=space,
         macs=macs,
         data=data,
-        validation=validation,
+        validation=splits["validation"],
         encoder=encoder,
         z=z,
         content=content,
         encoded=encoded,
         seconds=time.time() - clock,
+        identities=identities,
     )
 
 
@@ -201,8 +216,10 @@ def read_run(run: Path, *names: str) -> list[dict[str, Any]]:
     """Some of a run's JSON files, by name: those of `NEEDED`.
 
     Raises:
-        UserError: one is missing, is not JSON, or lacks a field.
+        UserError: there is no run, or a file is missing, is not JSON, or lacks a field.
     """
+    if not run.is_dir():
+        raise UserError(f"--run {run} does not exist; `python train.py` makes one")
     found = []
     for name in names:
         content = read_json(run / name)
@@ -220,6 +237,15 @@ def read_run(run: Path, *names: str) -> list[dict[str, Any]]:
 def expert_path(run: Path, expert: int) -> Path:
     """Where a run keeps a fine-tuned expert."""
     return run / "experts" / f"{expert}.safetensors"
+
+
+def check_expert(path: Path, header: dict[str, Any], code: Tensor) -> None:
+    """Raises `UserError` where an expert's file was not cut by the run's own code, (D,)."""
+    if header.get("code") != code.int().tolist():
+        raise UserError(
+            f"{path} is not an expert of this run: its code is another one than the run's "
+            f"codes.safetensors has; delete it and run finetune.py"
+        )
 
 
 def shared_path(run: Path) -> Path:
@@ -252,11 +278,11 @@ def load_shared(
     return shared
 
 
-def load_codes(run: Path, space: ArchSpace) -> Tensor:
-    """The run's binary codes, (N, D). Raises `UserError` where they belong to another U-Net."""
+def load_codes(run: Path, space: ArchSpace | None = None) -> Tensor:
+    """The run's binary codes, (N, D). Raises `UserError` where they are not for `space`."""
     tensors, _ = load_tensors(run / "codes.safetensors")
     codes = tensors["codes"].float()
-    if codes.shape[1] != space.size:
+    if space is not None and codes.shape[1] != space.size:
         raise UserError(
             f"{run} has codes of {codes.shape[1]} units but its teacher has {space.size}: the run "
             f"is from another teacher"
@@ -279,28 +305,68 @@ def load_router(run: Path, device: torch.device) -> tuple[PromptRouter, str]:
     return router.to(device).eval(), encoder
 
 
+@contextmanager
+def named_by(file: Path, flag: str, now: object, words: str = "") -> Iterator[None]:
+    """For what a run's file names: a `UserError` says so, and which flag names another place.
+
+    Args:
+        now: what was given after the flag; if anything, errors are left as they are.
+        words: those that an error has if it is about what is named.
+    """
+    try:
+        yield
+    except UserError as error:
+        if now is not None or words not in str(error):
+            raise
+        raise UserError(f"{error} ({file} names it; {flag} says where it is now)") from None
+
+
+def load_run_teacher(run: Path, now: str | None, device: torch.device, **options: Any) -> Teacher:
+    """The teacher of a run, or where it is now. Raises `UserError`; see `load_teacher`."""
+    path = run / "summary.json"
+    with named_by(path, "--teacher", now, "--teacher"):
+        return load_teacher(now or read_json(path)["teacher"], device, **options)
+
+
 def load_split(
-    settings: dict[str, Any], assigned: dict[str, list[int]], split: str, resolution: int
+    run: Path,
+    settings: dict[str, Any],
+    assigned: dict[str, Any],
+    split: str,
+    resolution: int,
+    data_dir: Path | None = None,
 ) -> CaptionedImages:
     """A split of a run's target. Raises `UserError` where its rows have changed since the run.
 
     Args:
         settings: the run's config.json.
-        assigned: the run's assignments.json.
+        assigned: the run's assignments.json; without a hash, numbers of rows alone are compared.
         resolution: pixels a side.
+        data_dir: where the target's files are now, if they were moved.
     """
-    data = load_target(
-        settings["target"],
-        split,
-        seed=settings["seed"],
-        limit=settings["limit"] if split == "train" else None,
-        data_dir=settings["data_dir"] and Path(settings["data_dir"]),
-        resolution=resolution,
-    )
+    target, folder = settings["target"], data_dir or settings["data_dir"]
+    if data_dir is not None and target not in TARGETS:
+        target = str(data_dir)
+    with named_by(run / "config.json", "--data-dir", data_dir):
+        data = load_target(
+            target,
+            split,
+            seed=settings["seed"],
+            limit=settings["limit"] if split == "train" else None,
+            data_dir=folder and Path(folder),
+            resolution=resolution,
+        )
     if len(data) != len(assigned[split]):
         raise UserError(
             f"{data.report()}; the run's assignments have {len(assigned[split]):,} rows of "
             f"{split}: give its images back as they were, or prune again with train.py"
+        )
+    identity = data.identity(states=False)
+    if assigned.get("data", {}).get(split, identity) != identity:
+        raise UserError(
+            f"the {len(data):,} rows of {split} of target {target} are not those of "
+            f"the run: a caption, an image's name or their order has changed; give them back as "
+            f"they were, or prune again with train.py"
         )
     return data
 
@@ -345,9 +411,8 @@ def write_results(
         {**router.settings(), "prompt_encoder": setup.encoder.name},
     )
     save_tensors(run / "codes.safetensors", {"codes": codes.to(torch.uint8)}, {"depth": cfg.depth})
-    write_json(
-        run / "assignments.json", {split: experts.tolist() for split, experts in routed.items()}
-    )
+    assigned = {split: experts.tolist() for split, experts in routed.items()}
+    write_json(run / "assignments.json", assigned | {"data": setup.identities})
     summary = {
         "method": method,
         "target": cfg.target,

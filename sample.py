@@ -17,15 +17,18 @@ A prompt's image depends on the prompt and its seed, not on the other prompts, u
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 import tyro
 from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
@@ -33,7 +36,14 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError, command_line
-from common.files import check_writable, checksum, fingerprint, load_tensors
+from common.files import (
+    check_writable,
+    checksum,
+    fingerprint,
+    load_tensors,
+    one_line,
+    read_lines,
+)
 from common.options import read_options
 from common.processes import pick_device
 from common.ranges import Count, Number, Pixels, Seed, Weight, check
@@ -45,16 +55,19 @@ from macs import MacsModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from run import (
+    check_expert,
     expert_path,
     load_codes,
     load_router,
+    load_run_teacher,
     load_shared,
+    named_by,
     newest_run,
     read_run,
     shared_path,
 )
 from settings import Precision
-from teacher.model import Teacher, load_teacher
+from teacher.model import Teacher
 
 MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's limit is 2^16 pixels
 
@@ -93,23 +106,26 @@ class APTPPipeline:
         *,
         precision: str = "fp32",
         resolution: int | None = None,
+        teacher: str | None = None,
+        prompt_encoder: str | None = None,
     ) -> APTPPipeline:
-        """Load a run folder. Raises `UserError` where it is incomplete or from another teacher."""
+        """Load a run folder.
+
+        Args:
+            teacher, prompt_encoder: where the run's are now, if they were moved.
+
+        Raises:
+            UserError: it is incomplete, from another teacher, or what it names is not there.
+        """
         run, where = Path(run), pick_device(device)
-        if not run.is_dir():
-            raise UserError(f"--run {run} does not exist; `python train.py` makes one")
         (summary,) = read_run(run, "summary.json")
-        teacher = load_teacher(
-            summary["teacher"], where, precision=precision, resolution=resolution
-        )
-        router, encoder = load_router(run, where)
-        pipeline = cls(
-            run,
-            teacher,
-            router,
-            PromptEncoder(encoder, where),
-            [expert["macs_ratio"] for expert in summary["experts"]],
-        )
+        options = {"precision": precision, "resolution": resolution or summary["macs_resolution"]}
+        loaded = load_run_teacher(run, teacher, where, **options)
+        router, name = load_router(run, where)
+        with named_by(run / "router.safetensors", "--prompt-encoder", prompt_encoder):
+            encoder = PromptEncoder(prompt_encoder or name, where)
+        ratios = [expert["macs_ratio"] for expert in summary["experts"]]
+        pipeline = cls(run, loaded, router, encoder, ratios)
         _ = pipeline.codes  # refuses another teacher's run before any image is made
         return pipeline
 
@@ -144,16 +160,21 @@ class APTPPipeline:
         -1 is the teacher.
         """
         if expert not in self.experts:
-            path, teacher = expert_path(self.run, expert), self.teacher.unet
+            path, teacher, code = (
+                expert_path(self.run, expert),
+                self.teacher.unet,
+                self.codes[expert],
+            )
             if path.exists():
-                unet, _ = load_expert(path, "cpu", teacher)
+                unet, header = load_expert(path, "cpu", teacher)
+                check_expert(path, header, code)
             else:
-                unet = cut_expert(self.shared or teacher, self.codes[expert], self.space)
+                unet = cut_expert(self.shared or teacher, code, self.space)
             self.experts[expert] = unet.to(self.teacher.device, self.teacher.dtype)
         return self.experts[expert]
 
     def fingerprint(self, expert: int | None) -> list[str]:
-        """Checksums of all that an image of a prompt depends on.
+        """Checksums of all that an image of a prompt depends on, beside what it is asked with.
 
         Args:
             expert: -1 for the teacher, None for the router's choice.
@@ -163,8 +184,12 @@ class APTPPipeline:
             files = [self.run / "router.safetensors", self.run / "codes.safetensors"]
             files += [expert_path(self.run, i) for i in range(len(self.ratios))]
             files += [shared_path(self.run)]
+        teacher = self.teacher
+        how = {k: v for k, v in teacher.pipe.scheduler.config.items() if not k.startswith("_")}
+        how |= {"resolution": teacher.resolution, "guidance": teacher.guidance_scale}
         return [
-            *(fingerprint(part.state_dict(), {}) for part in self.teacher.parts.values()),
+            fingerprint({}, how),
+            *(fingerprint(part.state_dict(), {}) for part in teacher.parts.values()),
             *(checksum(path) or "absent" for path in files),
         ]
 
@@ -172,49 +197,98 @@ class APTPPipeline:
         """The expert of each prompt (Eq. 22)."""
         return self.router.route(prompts, self.encoder).tolist()
 
+    def experts_of(self, prompts: Sequence[str], expert: int | Sequence[int] | None) -> list[int]:
+        """The expert of each prompt. Raises `UserError`, and ValueError; see `__call__`."""
+        if expert is None:
+            return self.route(prompts)
+        P, N = len(prompts), len(self.ratios)
+        experts = one_each("experts", [expert] * P if isinstance(expert, Integral) else expert, P)
+        if unknown := set(experts) - {*range(-1, N)}:
+            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
+        return experts
+
+    def parts(
+        self, experts: Sequence[int], batch_size: int
+    ) -> list[tuple[UNet2DConditionModel, list[int]]]:
+        """U-Nets, and the rows that each denoises at once; the longest first, to end together."""
+        at_once = -(-min(batch_size, len(experts)) // slots(self.teacher.device))
+        parts: list[tuple[UNet2DConditionModel, list[int]]] = []
+        for chosen in sorted(set(experts)):
+            group = [row for row, value in enumerate(experts) if value == chosen]
+            unet = self.unet(chosen)
+            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
+        return sorted(parts, key=lambda part: -len(part[1]))
+
+    def sources(
+        self,
+        P: int,
+        seeds: int | Sequence[int] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> list[Any]:
+        """What makes each prompt's noise. Raises ValueError."""
+        if seeds is not None and generator is not None:
+            raise ValueError("seeds and generator exclude each other; give one of them")
+        if not isinstance(generator, torch.Generator):
+            if generator is not None:
+                return one_each("generators", generator, P)
+            return one_each("seeds", range(P) if seeds is None else seeds, P)
+        # a state for each image, so that it does not matter which are denoised together
+        size, states = self.teacher.latent_size, []
+        shape = (1, self.teacher.unet.config.in_channels, size, size)
+        for _ in range(P):
+            states.append(generator.clone_state())
+            torch.randn(
+                shape, generator=generator, device=generator.device, dtype=self.teacher.dtype
+            )
+        return states
+
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         expert: int | Sequence[int] | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float | None = None,
         batch_size: int = 64,
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> Sampled:
         """Generate one image for each prompt.
 
         Args:
-            prompts: P prompts, none empty.
+            prompts: one, or P prompts, none empty.
             seeds: one for each prompt; 0, 1, 2, ... if absent.
+            generator: instead of seeds, one for each prompt, or one that makes the noise of all,
+                as diffusers' pipelines have it.
             expert: one for all prompts, or one for each; -1 is the unpruned teacher; with None the
                 router chooses.
             num_inference_steps: of PNDM; the paper's value is 25.
             guidance_scale: of classifier-free guidance; the teacher's own if absent.
             batch_size: the largest number of images denoised at once, by all threads together.
+            on_image: called with each prompt's number and its image as soon as that is there, in
+                one of the threads.
 
         Raises:
             UserError: a prompt is empty or too long, or the expert does not exist.
+            ValueError: there are no prompts, or seeds, generators or experts of another number.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("prompts is empty; give a prompt, or a list of them")
         for prompt in prompts:
             check_prompt(prompt)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        given = [expert] * len(prompts) if isinstance(expert, int) else expert
-        experts = self.route(prompts) if given is None else list(given)
-        assert len(seeds) == len(experts) == len(prompts)
-        if unknown := set(experts) - {*range(-1, N := len(self.ratios))}:
-            raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
-        at_once = -(-min(batch_size, len(prompts)) // slots(self.teacher.device))
-        parts: list[tuple[UNet2DConditionModel, list[int]]] = []  # rows for one U-Net
-        for chosen in sorted(set(experts)):
-            group = [row for row, value in enumerate(experts) if value == chosen]
-            unet = self.unet(chosen)
-            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
-        parts.sort(key=lambda part: -len(part[1]))  # the longest first, so that all end together
+        sources = self.sources(len(prompts), seeds, generator)
+        experts = self.experts_of(prompts, expert)
+        parts = self.parts(experts, batch_size)
 
         def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
-            own = [prompts[row] for row in part[1]], [seeds[row] for row in part[1]]
-            return self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+            own = [prompts[row] for row in part[1]], [sources[row] for row in part[1]]
+            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+            for row, image in zip(part[1], made, strict=True):
+                if on_image is not None:
+                    on_image(row, image)
+            return made
 
         clock = time.time()
         made = side_by_side(generate, parts, self.teacher.device)
@@ -222,11 +296,20 @@ class APTPPipeline:
         images = dict(zip(rows, chain.from_iterable(made), strict=True))
         return Sampled(
             [images[row] for row in range(len(prompts))],
-            list(prompts),
+            prompts,
             experts,
             [1.0 if i < 0 else self.ratios[i] for i in experts],
             (time.time() - clock) / len(prompts),
         )
+
+
+def one_each(what: str, given: Any, P: int) -> list[Any]:
+    """Whole numbers, also NumPy's, or generators: one for each prompt. Raises ValueError."""
+    values = [given] if isinstance(given, Integral) else given
+    found = [value if isinstance(value, torch.Generator) else index(value) for value in values]
+    if len(found) != P:
+        raise ValueError(f"{len(found)} {what} for {P} prompts; give one for each prompt")
+    return found
 
 
 def check_prompt(prompt: str) -> None:
@@ -240,15 +323,8 @@ def check_prompt(prompt: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 file. Raises `UserError` where there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts-file {path} could not be read ({error}); give a UTF-8 text file with a "
-            f"prompt a line"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    """The prompts of a UTF-8 file, one a line. Raises `UserError` where there are none."""
+    prompts = [prompt for line in read_lines(path) if (prompt := one_line(line))]
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt; write one a line")
     return prompts
@@ -288,6 +364,10 @@ class Config:
     """Folder for the PNG files; <run>/samples if not given."""
     run: Path | None = None
     """Run folder; the newest run if not given."""
+    teacher: str | None = None
+    """Where the run's teacher is now, if it was moved."""
+    prompt_encoder: str | None = None
+    """Where the run's prompt encoder is now, if it was moved."""
     expert: Number | None = None
     """Use this expert, whatever the router says."""
     teacher_only: bool = False
@@ -306,9 +386,35 @@ class Config:
     """Of all weights."""
 
 
-def file_name(prompt: str, seed: int) -> str:
-    """`a giraffe`, 0 -> `a-giraffe-0.png`."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'prompt'}-{seed}.png"
+def file_stem(prompt: str) -> str:
+    """`A giraffe!` -> `a-giraffe`: letters, digits and their marks of any script, 60 at most."""
+    kept = [c if unicodedata.category(c)[0] in "LMN" else " " for c in prompt.lower()]
+    stem = unicodedata.normalize("NFC", "-".join("".join(kept).split()))[:60]
+    # of 255 bytes that a name may have, with room for the numbers and the temporary name
+    return stem.encode()[:180].decode(errors="ignore").strip("-") or "prompt"
+
+
+def file_names(rows: Sequence[tuple[str, int]]) -> list[str]:
+    """Names for prompts and seeds: `a giraffe`, 0 -> `a-giraffe-0.png`.
+
+    Each prompt of `rows` has names of its own, also where a file system takes upper and lower case,
+    or two spellings of a letter, for the same: a number tells prompts apart that would share one.
+    """
+    stems: dict[str, str] = {}  # of each prompt
+    taken: set[str] = set()
+    for prompt in dict.fromkeys(prompt for prompt, _ in rows):
+        stem, number = file_stem(prompt), 1
+        while (key := folded(stem)) in taken:
+            number += 1
+            stem = f"{file_stem(prompt)}-{number}"
+        taken.add(key)
+        stems[prompt] = stem
+    return [f"{stems[prompt]}-{seed}.png" for prompt, seed in rows]
+
+
+def folded(name: str) -> str:
+    """The same text for names that some file system takes for the same."""
+    return unicodedata.normalize("NFKC", name.upper().casefold())
 
 
 def sample(cfg: Config) -> Sampled:
@@ -326,21 +432,29 @@ def sample(cfg: Config) -> Sampled:
         raise UserError("--expert and --teacher-only exclude each other; give one of them")
     run = cfg.run or newest_run()
     check_writable(out := cfg.out or run / "samples")
-    where: dict[str, Any] = {"precision": cfg.precision, "resolution": cfg.resolution}
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device, **where)
+    pipeline = APTPPipeline.from_pretrained(
+        run,
+        cfg.device,
+        precision=cfg.precision,
+        resolution=cfg.resolution,
+        teacher=cfg.teacher,
+        prompt_encoder=cfg.prompt_encoder,
+    )
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
+    paths = [out / name for name in file_names(rows)]
     options: dict[str, Any] = {
         "seeds": seeds,
         "num_inference_steps": cfg.steps,
         "guidance_scale": cfg.guidance,
     }
-    sampled = pipeline(names, expert=-1 if cfg.teacher_only else cfg.expert, **options)
-    for (prompt, seed), image, expert, ratio in zip(
-        rows, sampled.images, sampled.experts, sampled.macs_ratios, strict=True
-    ):
-        path = out / file_name(prompt, seed)
-        save_png(image, path)
+    sampled = pipeline(
+        names,
+        expert=-1 if cfg.teacher_only else cfg.expert,
+        on_image=lambda row, image: save_png(image, paths[row]),  # so that Ctrl-C keeps it
+        **options,
+    )
+    for path, expert, ratio in zip(paths, sampled.experts, sampled.macs_ratios, strict=True):
         who = (
             "teacher"
             if expert < 0

@@ -7,13 +7,14 @@ default is that of the embedded target. Whole instances with other values are th
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
 from common.errors import UserError
 from common.files import check_writable
-from common.hub import PAPER_ENCODER, SDXL_BASE, STABLE_DIFFUSION
+from common.hub import PAPER_ENCODER, SDXL_BASE, STABLE_DIFFUSION, lasting_name
 from common.options import group, read_options
 from common.ranges import (
     Budget,
@@ -150,6 +151,10 @@ class Finetuning:
     """Run folder; the newest run if not given."""
     expert: Number | None = None
     """One expert's number; all of them if not given."""
+    teacher: str | None = None
+    """Where the run's teacher is now, if it was moved."""
+    data_dir: Path | None = None
+    """Where the target's files are now, if they were moved."""
     shared: bool = False
     """One set of weights for all experts, trained through their gates."""
     refit: bool = True
@@ -265,10 +270,13 @@ def resolve(cfg: Pruning) -> Pruning:
             f"--limit {cfg.limit} is less than --num-experts {cfg.num_experts}; choose "
             f"{cfg.num_experts} or more"
         )
-    name = Path(cfg.target).resolve().name  # of a folder, `.` too
-    out = cfg.out or RUNS / f"{name}-{cfg.budget:g}"
+    # a run keeps paths that hold in any working directory
+    known = {preset.target for preset in PRESETS.values()}
+    target = cfg.target if cfg.target in known else lasting_name(cfg.target)
+    out = cfg.out or RUNS / f"{Path(target).name}-{cfg.budget:g}"
     check_writable(out)
-    return replace(cfg, out=out)
+    data_dir = cfg.data_dir and Path(os.path.abspath(cfg.data_dir))
+    return replace(cfg, out=out, target=target, data_dir=data_dir)
 
 
 P = TypeVar("P", bound=Pruning)

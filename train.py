@@ -279,7 +279,8 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     assert cfg.out
     steps, router = cfg.warmup_steps + cfg.joint_steps, setup.start_router()
     optimizer = optimizer_of(router, cfg)
-    checkpoint = Checkpoint(cfg.out / CHECKPOINT, {"router": router, "optimizer": optimizer})
+    parts: dict[str, Any] = {"router": router, "optimizer": optimizer}
+    checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, {"data": setup.identities.get("train")})
     meta = checkpoint.restore()
     first = meta.get("step", 0)
     check_agreement(first, "the step of their checkpoints", teacher.device)
@@ -351,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, goes_on=True)

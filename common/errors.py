@@ -31,11 +31,14 @@ class UserError(Exception):
     """
 
 
-def command_line(main: Callable[[], None]) -> None:
+def command_line(main: Callable[[], None], goes_on: bool = False) -> None:
     """Run a script's `main`.
 
     A `UserError`, or an error of the system, becomes one line on stderr and exit code 2, Ctrl-C
     exit code 130. Letters that the terminal does not have are printed as escapes.
+
+    Args:
+        goes_on: whether the same command goes on where Ctrl-C has stopped it.
     """
     # so that `finally` blocks run on `kill`
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -49,7 +52,8 @@ def command_line(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        advice = "run the same command again to go on" if goes_on else "what was finished is kept"
+        print(f"stopped; {advice}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has seen enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end

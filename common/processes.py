@@ -120,6 +120,7 @@ def check_agreement(number: int, what: str, device: torch.device) -> None:
     most, least = ends[0].item(), -ends[1].item()
     if most != least:
         raise UserError(
-            f"the processes differ in {what} ({least} and {most}): the run folder and the cache "
-            "must be the same for all; put both on a disk that all machines share"
+            f"the processes differ in {what} ({least} and {most}): the target's files, the run "
+            f"folder and the cache must be the same for all; put them on a disk that all machines "
+            f"share"
         )

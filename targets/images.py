@@ -121,13 +121,14 @@ class CaptionedImages:
     def identity(self, states: bool = True) -> str:
         """A hash of what the rows are, in their order: captions, images' names and states.
 
+        A folder may have another name.
+
         Args:
             states: False for a hash that stays when files are only copied or touched.
         """
         rows = zip(self.captions, self.stamps(), strict=True)
         return rows_key(
-            self.name,
-            lines=(text for row, (name, state) in rows for text in (row, name, state * states)),
+            lines=(text for row, (name, state) in rows for text in (row, name, state * states))
         )
 
     def report(self) -> str:
@@ -212,6 +213,16 @@ def check_target(target: str) -> None:
         raise UserError(
             f"target {target} is unknown: it is none of {', '.join(TARGETS)}, and no folder (seen "
             f"from {Path.cwd()})"
+        )
+
+
+def check_images(data: CaptionedImages, split: str) -> None:
+    """Raises `UserError` where a split has too few images for scores of a set, such as FID."""
+    count = len(np.unique(data.image_ids))
+    if count < 2:
+        raise UserError(
+            f"the {split} split of {data.name} has {count} image, and scores of a set of images "
+            f"need 2 or more; add images"
         )
 
 

@@ -6,7 +6,6 @@ step asks for them; optionally, their latents are computed once and kept on disk
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from common.cache import kept_rows, rows_key
 from common.files import fingerprint
-from targets.images import CaptionedImages, evenly_spaced
+from targets.images import CaptionedImages
 from teacher.conditions import Conditions, join
 from teacher.model import Teacher
 from teacher.shapes import text_widths
@@ -66,7 +65,7 @@ def encode_target(
 
     Args:
         cache_latents: compute each image's latents once and keep them on disk
-            (`common/cache.py`), for other runs on the same captions and images too.
+            (`common/cache.py`), for other runs on the same images too.
         batch: rows that are encoded at once; about a million pixels if absent.
         in_memory: bytes up to which latents, and conditions, are encoded up front.
     """
@@ -114,7 +113,7 @@ def image_latents(
         bar = tqdm(encode(batches), total=len(batches), desc="encoding images", unit="batch")
         return torch.cat(list(bar))[image_of]
 
-    place, what = f"latents-{latents_key(teacher, data)}", "encoding images"
+    place, what = f"latents-{latents_key(teacher, shown)}", "encoding images"
     parts = kept_rows(place, len(shown), encode, part=PART, batch=batch, what=what)
 
     def rows_of(batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -125,9 +124,7 @@ def image_latents(
     return OnDemand(rows_of, PART, torch.cat)
 
 
-def latents_key(teacher: Teacher, data: CaptionedImages) -> str:
-    """The name of a target's latents: of autoencoder, size, rows and some images' pixels."""
-    pixels = data.images(evenly_spaced(len(data), 8)).numpy().tobytes()
+def latents_key(teacher: Teacher, shown: CaptionedImages) -> str:
+    """The name of images' latents: of autoencoder, size, and each image's name and file's state."""
     weights = fingerprint(teacher.pipe.vae.state_dict(), {"resolution": teacher.resolution})
-    digests = [hashlib.sha256(some).hexdigest() for some in (pixels, data.image_ids.tobytes())]
-    return rows_key(data.name, weights, *digests, lines=data.captions)
+    return rows_key(weights, lines=(text for stamp in shown.stamps() for text in stamp))

@@ -161,7 +161,7 @@ class Teacher:
     def generate(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        seeds: Sequence[int | torch.Generator],
         steps: int,
         guidance: float | None = None,
         unet: UNet2DConditionModel | None = None,
@@ -169,7 +169,7 @@ class Teacher:
         """One image for each of P prompts, as a batch. Threads may call it at the same time.
 
         Args:
-            seeds: one for each prompt; an image depends on its own alone.
+            seeds: one for each prompt, or a generator; an image depends on its own alone.
             steps: of denoising.
             guidance: scale of classifier-free guidance; the teacher's own if absent.
             unet: an expert to use instead of the teacher's U-Net.
@@ -195,7 +195,10 @@ class Teacher:
             width=self.resolution,
             num_inference_steps=steps,
             guidance_scale=scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[
+                seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+                for seed in seeds
+            ],
             output_type="latent",
         ).images
         # not by the pipeline, which expects an autoencoder in the U-Net's precision

@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from small_data import make_folder
 
 import compare
 import evaluate
@@ -115,6 +117,19 @@ def test_nonsense_is_one_line_before_anything_is_loaded(options, words, tmp_path
     line = str(refused.value)
     assert "\n" not in line and all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("distances_only", [False, True])
+def test_a_target_of_one_image_will_do_where_no_image_is_scored(
+    tmp_path, monkeypatch, distances_only
+):
+    rows = [*((f"train/{k}.jpg", "x") for k in range(4)), ("validation/9.jpg", "y")]
+    make_folder(tmp_path / "data", rows)
+    monkeypatch.setattr("run.load_teacher", Mock(side_effect=UserError("loaded")))
+    where = {"target": str(tmp_path / "data"), "out": tmp_path / "out"}
+    words = "loaded" if distances_only else "validation split of data has 1 image"
+    with pytest.raises(UserError, match=words):
+        compare.compare(dataclasses.replace(SMALL, distances_only=distances_only, **where))
 
 
 # ---- cells with images ----
@@ -313,7 +328,9 @@ def test_steps_are_equal_for_each_expert_or_in_all(tmp_path, monkeypatch):
     """With stand-ins: 8 experts for 100 steps each are as many as one for 800."""
     made = []
     monkeypatch.setattr(
-        compare, "prune", lambda method, cfg, last: 1 if method.base == "dense" else cfg.num_experts
+        compare,
+        "prune",
+        lambda method, cfg, *_, **__: 1 if method.base == "dense" else cfg.num_experts,
     )
     monkeypatch.setattr(compare, "finetuned", lambda run, steps, cfg: run)
     monkeypatch.setattr(

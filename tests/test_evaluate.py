@@ -6,17 +6,20 @@ import statistics
 from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import make_folder
 
 import evaluate
 import finetune
+import run as run_module
 import train
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
 from common.randomness import batch_rows, step_generator
 from evaluate import retained
 from evaluation import figures, generated, tables
@@ -98,6 +101,19 @@ def test_another_expert_means_other_images(run):
     routed = folder(None)
     next(pipeline.teacher.pipe.vae.parameters()).data.add_(0.01)  # another teacher of that name
     assert folder(-1) != teacher and folder(None) != routed
+
+
+@pytest.mark.parametrize("change", ["guidance", "scheduler", "size"])
+def test_a_teacher_that_samples_in_another_way_means_other_images(run, change):
+    pipeline = APTPPipeline.from_pretrained(run, "cpu")
+    before = [pipeline.fingerprint(expert) for expert in (None, -1)]
+    assert before == [pipeline.fingerprint(expert) for expert in (None, -1)]
+    if change == "scheduler":
+        pipeline.teacher.pipe.scheduler.register_to_config(beta_end=0.02)
+    else:
+        options = {"guidance": {"guidance_scale": 3.0}, "size": {"pixels": 32}}[change]
+        pipeline.teacher = dataclasses.replace(pipeline.teacher, **options)
+    assert not {*map(tuple, before)} & {tuple(pipeline.fingerprint(i)) for i in (None, -1)}
 
 
 def test_free_prompts_get_a_pickscore_of_their_own(run, tmp_path, monkeypatch):
@@ -325,6 +341,26 @@ def test_nonsense_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=words) as refused:
             evaluate.evaluate(dataclasses.replace(SMALL, **options))
         assert "\n" not in str(refused.value)
+
+
+def test_a_target_of_too_few_images_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    make_folder(
+        tmp_path / "data", [("train/1.jpg", "a"), ("train/2.jpg", "b"), ("test/3.jpg", "c")]
+    )
+    summary = dict.fromkeys(run_module.NEEDED["summary.json"], 64)
+    write_json(tmp_path / "summary.json", summary)
+    settings = {
+        "seed": 0,
+        "depth": "paper",
+        "cache_latents": False,
+        "limit": None,
+        "data_dir": None,
+    }
+    write_json(tmp_path / "config.json", settings | {"target": str(tmp_path / "data")})
+    write_json(tmp_path / "assignments.json", {"train": [0, 0], "validation": [0]})
+    monkeypatch.setattr(APTPPipeline, "from_pretrained", Mock(side_effect=AssertionError))
+    with pytest.raises(UserError, match="validation split of data has 1 image"):
+        evaluate.evaluate(dataclasses.replace(SMALL, run=tmp_path))
 
 
 def test_real_images_are_read_at_the_size_that_the_suite_asks_for(run, monkeypatch):

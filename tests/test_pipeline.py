@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from small_data import make_coco
 
+import evaluate
 import finetune
 import sample
 import train
@@ -24,6 +25,7 @@ from macs import measure_macs, module_macs
 from prune_unet import example_inputs, find_units, load_expert
 from run import Setup, prepare
 from settings import Finetuning, Pruning, resolve
+from targets.images import load_target
 from teacher.model import load_teacher
 
 SMALL = Pruning(
@@ -75,6 +77,14 @@ def test_mean_macs_over_training_prompts_meet_the_budget(run):
     assert 0.7 * 0.99 <= mean <= 0.7 + 1e-6
     assert summary["macs_ratio_mean"] == pytest.approx(mean, abs=1e-6)
     assert [e["macs_ratio"] for e in summary["experts"]] == pytest.approx(ratios.tolist())
+
+
+def test_assignments_say_which_rows_they_are_of(run):
+    assigned = read_json(run / "assignments.json")
+    for split, limit in (("train", SMALL.limit), ("validation", None)):
+        rows = load_target("emoji", split, limit=limit)
+        assert len(assigned[split]) == len(rows)
+        assert assigned["data"][split] == rows.identity(states=False)
 
 
 def test_metrics_have_one_row_a_step(run):
@@ -279,11 +289,34 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
     refused(sample, arguments, "1620", "another teacher")
     summary = read_json(run / "summary.json")
     write_json(folder / "summary.json", summary | {"teacher": "dalle"})
-    refused(sample, arguments, "dalle")
+    refused(sample, arguments, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    tuning = ["--run", str(folder), "--device", "cpu"]
+    refused(finetune, tuning, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    refused(evaluate, tuning, "dalle", f"{folder / 'summary.json'} names it; --teacher says where")
+    refused(sample, [*arguments, "--teacher", "gone/sd"], "error: --teacher gone/sd is no folder")
+    copy_run(run, folder)
+    tensors, meta = load_tensors(run / "router.safetensors")
+    save_tensors(folder / "router.safetensors", tensors, meta | {"prompt_encoder": "gone/it"})
+    refused(sample, arguments, "gone/it", "router.safetensors names it; --prompt-encoder says")
     del summary["teacher"]
     write_json(folder / "summary.json", summary)
     refused(sample, arguments, "summary.json", "teacher")
     refused(finetune, ["--run", str(folder)], "summary.json", "teacher")
+
+
+def test_experts_of_another_run_are_refused(run, refused, tmp_path):
+    """Copied to a run of other codes, which has a like number of them."""
+    folder = tmp_path / "run"
+    (folder / "experts").mkdir(parents=True)
+    copy_run(run, folder)
+    path = finetune.expert_path(folder, 1)
+    path.write_bytes(finetune.expert_path(run, 1).read_bytes())
+    arguments = ["--run", str(folder), "--device", "cpu", "--expert", "1"]
+    tensors, meta = load_tensors(run / "codes.safetensors")
+    save_tensors(folder / "codes.safetensors", {"codes": tensors["codes"].roll(1, 0)}, meta)
+    words = (str(path), "not an expert of this run", "finetune.py")
+    refused(sample, ["a giraffe", "--steps", "2", *arguments], *words)
+    refused(finetune, [*arguments, "--steps", "5", "--batch-size", "4"], *words)
 
 
 def test_other_settings_do_not_overwrite_a_run(run):

@@ -1,18 +1,24 @@
 """Runs: what a method is given, and the folder that it leaves."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROWS
+from small_data import make_coco, make_folder
 
 import run
+import train
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from common.randomness import batch_rows, step_generator
 from macs import meet_budget
+from settings import resolve
+from targets.images import load_target
 
 B = 6  # rows a batch
 
@@ -56,10 +62,75 @@ def test_a_routers_codes_are_written_as_they_meet_the_budget(setup_of, smallest,
 def test_a_run_whose_rows_have_changed_is_refused_in_one_line():
     settings = {"target": "emoji", "seed": 0, "limit": 12, "data_dir": None}
     assigned = {"train": [0] * 12}
-    assert len(run.load_split(settings, assigned, "train", 64)) == 12
+    assert len(run.load_split(Path("run"), settings, assigned, "train", 64)) == 12
     assigned["train"].append(1)
     with pytest.raises(UserError, match=r"emoji: 12 rows; .* 13 rows of train.*train\.py"):
-        run.load_split(settings, assigned, "train", 64)
+        run.load_split(Path("run"), settings, assigned, "train", 64)
+
+
+def reverse(lines: list[str]) -> list[str]:
+    return lines[::-1]
+
+
+def caption(lines: list[str]) -> list[str]:
+    return [line.replace("picture 3", "picture 4") for line in lines]
+
+
+def rename(lines: list[str]) -> list[str]:
+    return [line.replace("3.jpg", "30.jpg") for line in lines]
+
+
+@pytest.mark.parametrize("change", [reverse, caption, rename])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_of_another_order_caption_or_name_are_refused(tmp_path, split, change):
+    """Their number is the same; files that were only copied or moved are no change."""
+    rows = [(f"{split}/{k}.jpg", f"picture {k}") for k in range(5)]
+    make_folder(tmp_path / "a", [*rows, ("train/9.jpg", "x"), ("validation/8.jpg", "y")])
+    settings = {"target": str(tmp_path / "a"), "seed": 0, "limit": None, "data_dir": None}
+    hashes = {split: load_target(settings["target"], split).identity(states=False)}
+    assigned = {split: [0] * 6, "data": hashes}
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    settings["target"] = str(tmp_path / "b")
+    assert len(run.load_split(Path("run"), settings, assigned, split, 64)) == 6
+    path = tmp_path / "b" / "metadata.jsonl"
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    shutil.copyfile(tmp_path / "a" / split / "3.jpg", tmp_path / "b" / split / "30.jpg")
+    with pytest.raises(UserError, match=rf"6 rows of {split} .* not those of the run.*train\.py"):
+        run.load_split(Path("run"), settings, assigned, split, 64)
+
+
+@pytest.mark.parametrize("target", ["coco", "folder"])
+def test_a_target_that_was_moved_is_found_where_it_is_said_to_be(tmp_path, monkeypatch, target):
+    """A run made with relative paths knows them from another working directory, too."""
+    monkeypatch.chdir(tmp_path)
+    make_coco(Path("data"))
+    make_folder(Path("data"), [("train/1.jpg", "a"), ("validation/2.jpg", "b")])
+    named = "coco" if target == "coco" else "data"
+    cfg = resolve(run.Pruning(target=named, data_dir=Path("data"), out=Path("out")))
+    settings, assigned = run.as_json(cfg), {"validation": [0] * (6 if target == "coco" else 1)}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+
+    def load(now: Path | None = None) -> list[str]:
+        return run.load_split(Path("r"), settings, assigned, "validation", 64, now).captions
+
+    found = load()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"data.*r/config\.json names it; --data-dir says where"):
+        load()
+    assert load(Path("..") / "moved") == found
+    with pytest.raises(UserError, match="gone") as refused:
+        load(Path("gone"))
+    assert "config.json" not in str(refused.value)
+
+
+def test_a_stopped_training_does_not_go_on_with_other_rows(setup_of, smallest, tmp_path):
+    setup = setup_of(smallest, out=tmp_path, importance_start=False)
+    setup = dataclasses.replace(setup, identities={"train": "these"})
+    train.optimise(setup)
+    train.optimise(setup)
+    with pytest.raises(UserError, match=r"data: these, now those"):
+        train.optimise(dataclasses.replace(setup, identities={"train": "those"}))
 
 
 def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, tmp_path):
@@ -74,6 +145,21 @@ def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, 
         save_tensors(path, tensors, settings)
         with pytest.raises(UserError, match=r"another version.*train\.py"):
             run.load_router(tmp_path, torch.device("cpu"))
+
+
+def test_a_split_of_one_image_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    """Where its images will be scored: a Frechet distance needs two."""
+    monkeypatch.setattr(run, "load_teacher", Mock(side_effect=AssertionError))
+    rows = [
+        *((f"train/{k}.jpg", "x") for k in range(3)),
+        *[("validation/9.jpg", f"{k}") for k in "ab"],
+    ]
+    make_folder(tmp_path, rows)
+    cfg = run.Pruning(target=str(tmp_path), num_experts=3)
+    with pytest.raises(UserError, match=r"the validation split of .* has 1 image.*2 or more"):
+        run.prepare(cfg, scored=True)
+    with pytest.raises(AssertionError):
+        run.prepare(cfg)
 
 
 def test_fewer_prompts_than_experts_are_refused_before_anything_is_loaded(monkeypatch):

@@ -1,6 +1,8 @@
 """The pocket teacher: its parts fit together, and what training sees is what sampling uses."""
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from common.hub import minilm_folder
 from common.randomness import step_generator
 from targets.images import CaptionedImages, Unreadable, load_target
 from teacher.conditions import Conditions
-from teacher.encoded import encode_target
+from teacher.encoded import encode_target, latents_key
 from teacher.model import Teacher, add_noise, load_teacher
 
 
@@ -187,6 +189,24 @@ def test_each_image_is_encoded_once_and_kept(teacher, cache, monkeypatch):
     part.write_bytes(b"")
     repaired = encode_target(teacher, target(), cache_latents=True, batch=3)
     assert sum(seen) == 8 and torch.equal(repaired.latents[rows], first.latents[rows])
+
+
+def test_each_image_alone_decides_which_latents_are_read(teacher):
+    """Not eight of them; captions do not matter, nor how often an image is in the rows."""
+
+    def key(edited: int | None = None, **changes: Any) -> str:
+        def stamp(image_id: int) -> tuple[str, str]:
+            return f"{image_id}.jpg", f"{1 + (image_id == edited)}"
+
+        nothing = [""] * 40
+        data = CaptionedImages("toy", nothing, nothing, nothing, np.arange(40), blank, stamp=stamp)
+        return latents_key(teacher, dataclasses.replace(data, **changes))
+
+    def blank(row: int) -> np.ndarray:
+        return np.zeros((64, 64, 3), np.uint8)
+
+    assert len({key(), *(key(edited) for edited in range(40))}) == 41
+    assert key() == key(captions=["x"] * 40)
 
 
 def test_other_images_sizes_and_autoencoders_have_latents_of_their_own(teacher, cache):
