@@ -99,7 +99,7 @@ def test_metrics_have_one_row_a_step(run):
 
 
 @pytest.fixture(scope="module", params=["emoji", "coco"])
-def problem(request, tmp_path_factory):
+def setup(request, tmp_path_factory):
     """Some rows of a target, and the pocket teacher."""
     out = tmp_path_factory.mktemp(request.param)
     cfg = dataclasses.replace(SMALL, out=out, warmup_steps=1, joint_steps=2, lr_warmup=0)
@@ -110,31 +110,31 @@ def problem(request, tmp_path_factory):
     return prepare(resolve(cfg))
 
 
-def metrics_of(problem: Setup, out: Path, **settings) -> np.ndarray:
+def metrics_of(setup: Setup, out: Path, **settings) -> np.ndarray:
     """The metrics of a training with other settings."""
     out.mkdir()
-    cfg = dataclasses.replace(problem.cfg, out=out, **settings)
-    train.optimise(dataclasses.replace(problem, cfg=cfg))
+    cfg = dataclasses.replace(setup.cfg, out=out, **settings)
+    train.optimise(dataclasses.replace(setup, cfg=cfg))
     return np.genfromtxt(out / "metrics.csv", delimiter=",", names=True)
 
 
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.64, 0.78, 0.9])
-def test_soft_gates_cost_the_budget_in_every_step(problem, tmp_path, budget):
+def test_soft_gates_cost_the_budget_in_every_step(setup, tmp_path, budget):
     """In warm-up and joint phase, with steps so large that logits move far between them."""
-    rows = metrics_of(problem, tmp_path / "run", budget=budget, lr=0.5)
+    rows = metrics_of(setup, tmp_path / "run", budget=budget, lr=0.5)
     assert len(rows) == 3
     assert np.allclose(rows["macs_ratio"], budget, rtol=0.01)
 
 
-def test_without_the_hold_they_cost_something_else(problem, tmp_path):
-    rows = metrics_of(problem, tmp_path / "run", budget=0.5, lr=0.5, hold_budget=False)
+def test_without_the_hold_they_cost_something_else(setup, tmp_path):
+    rows = metrics_of(setup, tmp_path / "run", budget=0.5, lr=0.5, hold_budget=False)
     assert (np.abs(rows["macs_ratio"] / 0.5 - 1) > 0.02).any()
     assert np.allclose(rows["lambda_res"], 2.0)
 
 
-def test_micro_batches_hold_it_alike(problem, tmp_path):
+def test_micro_batches_hold_it_alike(setup, tmp_path):
     runs = [
-        metrics_of(problem, tmp_path / str(size), budget=0.5, micro_batch=size) for size in (6, 4)
+        metrics_of(setup, tmp_path / str(size), budget=0.5, micro_batch=size) for size in (6, 4)
     ]
     for name in train.TERMS:
         assert np.allclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-6), name

@@ -19,19 +19,19 @@ class Rows(list):
 
 
 @torch.no_grad()
-def test_distances_are_those_of_the_experts_that_are_cut_out(problem_of, smallest, monkeypatch):
+def test_distances_are_those_of_the_experts_that_are_cut_out(setup_of, smallest, monkeypatch):
     """Each sample through a U-Net cut for it; exchanged, and one code of the mean, likewise."""
-    problem = problem_of(smallest)
-    teacher, macs, space, N = problem.teacher, problem.macs, problem.space, 3
+    setup = setup_of(smallest)
+    teacher, macs, space, N = setup.teacher, setup.macs, setup.space, 3
     logits = torch.randn(N, space.size, generator=torch.Generator().manual_seed(2))
     codes = meet_budget(logits, torch.ones(N), macs, 0.6)
-    own = torch.tensor([k * k % N for k in range(len(problem.z))])  # unequal shares
-    data = Rows(range(len(problem.z)))
-    monkeypatch.setattr(distances, "encode_target", lambda *_: problem.encoded)
+    own = torch.tensor([k * k % N for k in range(len(setup.z))])  # unequal shares
+    data = Rows(range(len(setup.z)))
+    monkeypatch.setattr(distances, "encode_target", lambda *_: setup.encoded)
     found = evaluate.distances_of(teacher, data, codes, own.tolist(), macs)
 
     rows = torch.arange(len(own))
-    noised = add_noise(teacher, *problem.encoded.batch(rows), step_generator(0, "distance", 0))
+    noised = add_noise(teacher, *setup.encoded.batch(rows), step_generator(0, "distance", 0))
     shares = torch.bincount(own, minlength=N) / len(own)
     budget = (shares.double() @ macs(codes)).item() / macs.dense
     static = meet_budget(shares[None] @ codes, torch.ones(1), macs, budget)
