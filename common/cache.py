@@ -84,6 +84,11 @@ def kept_rows(
     for k, path in enumerate(paths):
         known = found.get(k)
         tensor = read_part(path, len(parts[k])) if known is None else known
+        if tensor is None and not path.exists():  # another process has written it elsewhere
+            raise UserError(
+                f"{path} is missing: the processes have caches of their own; set XDG_CACHE_HOME to "
+                f"a folder that all machines share"
+            )
         if tensor is None:
             raise UserError(f"{path} was damaged while it was in use; run the same command again")
         tensors.append(tensor)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import make_coco
+from small_data import make_coco, make_folder
 
 import evaluate
 import finetune
@@ -26,7 +26,7 @@ from prune_unet import example_inputs, find_units, load_expert
 from run import Setup, prepare
 from settings import Finetuning, Pruning, resolve
 from targets.images import load_target
-from teacher.model import load_teacher
+from teacher.model import PRECISIONS, load_teacher
 
 SMALL = Pruning(
     budget=0.7,
@@ -140,6 +140,18 @@ def test_micro_batches_hold_it_alike(setup, tmp_path):
         assert np.allclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.parametrize(("captions", "experts"), [(["a dog"], 1), (["a dog"] * 4, 2)])
+def test_targets_of_one_prompt_or_equal_ones(tmp_path, captions, experts):
+    rows = [*((f"train/{k}.jpg", text) for k, text in enumerate(captions)), ("test/9.jpg", "x")]
+    make_folder(tmp_path / "data", rows)
+    here = {"target": str(tmp_path / "data"), "out": tmp_path / "run", "limit": None}
+    cfg = dataclasses.replace(SMALL, num_experts=experts, warmup_steps=1, joint_steps=1, **here)
+    summary = train.train(cfg)
+    assert summary["macs_ratio_mean"] == pytest.approx(0.7, rel=0.01)
+    finetune.finetune(Finetuning(run=cfg.out, steps=1, batch_size=2, device="cpu"))
+    assert len(list((cfg.out / "experts").glob("*.safetensors"))) == experts
+
+
 # ---- what comes of it ----
 
 
@@ -156,6 +168,36 @@ def test_a_finetuned_expert_is_the_cut_network_trained(run):
     assert (
         0 < (expert.conv_in.weight - weight).abs().max() < 0.01
     )  # five steps away from the teacher's
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_expert_is_tuned_on_its_own_prompts_from_the_teachers_own_weights(
+    run, tmp_path, monkeypatch, precision
+):
+    """The prompts that routing sends to it; float32 weights, whatever the precision."""
+    folder, given, encoded = tmp_path / "run", {}, []
+    folder.mkdir()
+    copy_run(run, folder)
+
+    def finetune_expert(cfg, run, i, **options):
+        given[i] = options
+
+    monkeypatch.setattr(finetune, "finetune_expert", finetune_expert)
+    monkeypatch.setattr(finetune, "first_and_last", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(finetune, "encode_target", lambda teacher, data, **_: encoded.append(data))
+    finetune.finetune(Finetuning(run=folder, steps=5, precision=precision, device="cpu"))
+    captions, pipeline = encoded[0].captions, sample.APTPPipeline.from_pretrained(run, "cpu")
+    own = {i: [captions[row] for row in options["rows"]] for i, options in given.items()}
+    assert sorted(caption for rows in own.values() for caption in rows) == sorted(captions)
+    for i, prompts in own.items():
+        assert set(pipeline.route(prompts)) == {i}
+    weights = load_teacher("pocket").unet.state_dict()
+    codes = load_tensors(run / "codes.safetensors")[0]["codes"]
+    for i, options in given.items():
+        assert torch.equal(options["code"], codes[i].float())
+        assert options["teacher"].dtype == PRECISIONS[precision]
+        for name, weight in options["dense"].state_dict().items():
+            assert weight.dtype == torch.float32 and torch.equal(weight, weights[name])
 
 
 def test_finished_work_is_not_done_again(run, capsys):

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import finetune
+import importance
 import losses
 import train
 from gates import binarize
@@ -142,6 +143,24 @@ def test_half_precision_keeps_the_gradients_of_a_large_batch(unet, batch, monkey
     wanted = found[torch.float32, True]
     assert error(found[torch.float16, True], wanted) < 3 * RTOL[torch.float16]
     assert error(found[torch.float16, False], wanted) > 3 * RTOL[torch.float16]
+
+
+def test_half_precision_loses_no_units_importance(unet, setup_of, batch, monkeypatch):
+    """Where gradients are as small as in large networks; unscaled, many would be 0."""
+    model = copy.deepcopy(unet)
+    model.conv_out.weight.mul_(1e-3)
+    rounded = copy.deepcopy(in_type(model, batch, torch.float16)[0].unet)
+
+    def gradients_of(unet: UNet2DConditionModel) -> Tensor:
+        setup = setup_of(unet, batch_size=6)
+        return importance.gate_gradients(setup, 2).change  # (12, D)
+
+    wanted, found = gradients_of(copy.deepcopy(rounded).float()), gradients_of(rounded)
+    assert 0 < wanted.median() < 1e-4
+    lost = (found == 0) & (wanted != 0)
+    assert not lost.any() and error(found, wanted) < 6 * RTOL[torch.float16]
+    monkeypatch.setattr(losses, "loss_scale", lambda _: 1.0)
+    assert (gradients_of(rounded) == 0)[wanted != 0].float().mean() > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
