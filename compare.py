@@ -222,7 +222,7 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup]) -> int:
             router = setup.start_router()
             codes = baselines.METHODS[method.base](setup, router)  # (N, D)
         if (run / "metrics.csv").exists():
-            soft = read_log(run / "metrics.csv")["macs_ratio"]
+            soft = read_log(run / "metrics.csv")["cost_ratio"]
             routing["soft_ratio"] = float(soft[-max(1, len(soft) // 4) :].mean())
         write_json(run / "routing.json", routing)
         write_results(setup, router, seconds, codes=codes, method=method.name, given=given)

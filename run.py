@@ -32,7 +32,7 @@ from common.files import load_tensors, read_json, remove_leftovers, save_tensors
 from common.processes import pick_device, start_processes
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
-from macs import MacsModel, check_budget, measure_macs, meet_budget
+from macs import CostModel, check_budget, measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
 from router import PromptEncoder, PromptRouter, content_map
 from settings import MACHINE, RUNS, Pruning
@@ -63,7 +63,7 @@ class Setup:
     cfg: Pruning
     teacher: Teacher
     space: ArchSpace
-    macs: MacsModel  # at the teacher's own resolution, where experts will be used
+    macs: CostModel  # at the teacher's own resolution, where experts will be used
     data: CaptionedImages
     validation: CaptionedImages
     encoder: PromptEncoder

@@ -39,7 +39,7 @@ from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
 from gates import ArchSpace
-from macs import MacsModel, measure_macs
+from macs import CostModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from run import expert_path, load_codes, load_router, newest_run, read_run
@@ -109,7 +109,7 @@ class APTPPipeline:
             self.teacher.unet, load_tensors(self.run / "codes.safetensors")[1]["depth"]
         )
 
-    def macs(self) -> MacsModel:
+    def macs(self) -> CostModel:
         """T(a) at the pipeline's resolution."""
         sizes = {"latent_size": self.teacher.latent_size, "text_tokens": self.teacher.text_tokens}
         return measure_macs(self.teacher.unet, self.space, **sizes)

@@ -51,7 +51,7 @@ from common.randomness import batch_rows, step_generator
 from evaluation.tables import print_experts
 from gates import gumbel_noise, gumbel_sigmoid
 from importance import importance_start
-from macs import MacsModel, budget_shift
+from macs import CostModel, budget_shift
 from prune_unet import BlockRecorder, GateHandle, attach_gates
 from router import PromptRouter
 from run import Setup, as_json, check_resumable, prepare, write_results
@@ -59,7 +59,7 @@ from settings import Pruning, read_with_preset, resolve
 from targets.images import check_target
 from teacher.model import Noised, Teacher
 
-TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio"]
+TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "cost_ratio"]
 TERMS += ["lambda_res", "perplexity"]
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -76,7 +76,7 @@ class PruningStep:
         teacher: Teacher,
         router: PromptRouter,
         gates: GateHandle,
-        cost: MacsModel,
+        cost: CostModel,
     ) -> None:
         self.cfg, self.teacher, self.router = cfg, teacher, router
         self.gates, self.cost, self.T_d = gates, cost, cfg.budget * cost.dense
@@ -134,7 +134,7 @@ class PruningStep:
             "distillation": distillation.mean(),
             "resource": resource.abs(),
             "contrastive": contrastive,
-            "macs_ratio": mean_cost / self.cost.dense,
+            "cost_ratio": mean_cost / self.cost.dense,
             "lambda_res": lambda_res,
             "perplexity": perplexity(torch.arange(B) if experts is None else experts.cpu()),
         }

@@ -19,7 +19,7 @@ from bench.costs import (
     with_random_weights,
 )
 from common.errors import UserError, quiet_libraries
-from macs import MacsModel, measure_macs
+from macs import CostModel, measure_macs
 from settings import RUNS
 from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 
@@ -105,7 +105,7 @@ def experts(request: pytest.FixtureRequest) -> Experts:
 
 
 @pytest.fixture(scope="session")
-def macs(unet: UNet2DConditionModel, experts: Experts, latent_size: int) -> MacsModel:
+def macs(unet: UNet2DConditionModel, experts: Experts, latent_size: int) -> CostModel:
     return measure_macs(unet, experts.space, latent_size=latent_size, text_tokens=CLIP_TOKENS)
 
 

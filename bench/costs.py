@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.files import load_tensors, read_json
 from common.randomness import step_generator
 from gates import ArchSpace
-from macs import MacsModel, measure_macs, meet_budget
+from macs import CostModel, measure_macs, meet_budget
 from prune_unet import cut_in_place, example_inputs, find_units, meta_copy
 from teacher.shapes import CLIP_TOKENS
 
@@ -227,7 +227,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def fixed_costs(
-    unet: UNet2DConditionModel, code: Tensor, macs: MacsModel, latent_size: int
+    unet: UNet2DConditionModel, code: Tensor, macs: CostModel, latent_size: int
 ) -> dict[str, Any]:
     """Parameters and MACs of a code's expert, for one image and one forward; no weights needed."""
     expert = meta_copy(unet)
