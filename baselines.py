@@ -63,7 +63,7 @@ ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for eac
 
 def close_lowest(scores: Tensor, setup: Setup) -> Tensor:
     """Scores (D,) -> gates in {0, 1}, (1, D), that meet the budget."""
-    return meet_budget(scores[None], torch.ones(1), setup.macs, setup.cfg.budget)
+    return meet_budget(scores[None], torch.ones(1), setup.cost, setup.cfg.budget)
 
 
 def dense(setup: Setup, router: PromptRouter) -> Tensor:
@@ -146,7 +146,7 @@ def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
     clusters = router.route(setup.z).cpu()  # (rows,)
     scores = taylor_importance(setup, clusters, ROUTED_BATCHES)  # (N, D)
     shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
-    return meet_budget(scores, shares, setup.macs, setup.cfg.budget)
+    return meet_budget(scores, shares, setup.cost, setup.cfg.budget)
 
 
 # ---- bksdm ----
@@ -159,8 +159,8 @@ def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
         ValueError: the space is not one of depth "all".
     """
     space = setup.space
-    check_budget(setup.cfg.budget, setup.macs)
-    removed, following = blocks_to_remove(setup.macs, setup.cfg.budget)
+    check_budget(setup.cfg.budget, setup.cost)
+    removed, following = blocks_to_remove(setup.cost, setup.cfg.budget)
     scores = relative_norms(setup.teacher.unet, space)
     beyond = scores.max() + 1  # more than two scores can differ by
     for layer in space.layers:

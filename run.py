@@ -7,6 +7,7 @@ folder:
 | file | what |
 |---|---|
 | `config.json` | the settings; written first |
+| `latency.json` | the table of latency that the cost is read off, if it is latency |
 | `metrics.csv` | the terms of the loss, a row a step |
 | `router.safetensors` | the router, and its prompt encoder's name |
 | `codes.safetensors` | binary codes that meet the budget, (N, D) |
@@ -29,9 +30,10 @@ from torch import Tensor
 from common.checkpoint import refuse_other_settings
 from common.errors import UserError
 from common.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from common.processes import pick_device, start_processes
+from common.processes import from_first, pick_device, start_processes
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
+from latency import Place, latency_model, measure_table, meet_in_time, read_table
 from macs import CostModel, check_budget, measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
 from router import PromptEncoder, PromptRouter, content_map
@@ -42,6 +44,7 @@ from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 PAPER_PIXELS = 256  # while pruning
+LATENCY = "latency.json"
 WORDINGS_OF = 300  # images whose captions `content_map` compares
 NEEDED = {  # what scripts read of a run, by its file
     "summary.json": (
@@ -64,6 +67,8 @@ class Setup:
     teacher: Teacher
     space: ArchSpace
     macs: CostModel  # at the teacher's own resolution, where experts will be used
+    cost: CostModel  # what the budget is of: `macs`, or the latency of `table`
+    table: dict[str, Any] | None
     data: CaptionedImages
     validation: CaptionedImages
     encoder: PromptEncoder
@@ -109,6 +114,7 @@ def prepare(cfg: Pruning) -> Setup:
     Raises `UserError`.
     """
     device = start_processes(pick_device(cfg.device))
+    table = given_table(cfg)
     where: dict[str, Any] = {"data_dir": cfg.data_dir, "seed": cfg.seed}
 
     def load_splits(pixels: int) -> list[CaptionedImages]:
@@ -135,7 +141,10 @@ def prepare(cfg: Pruning) -> Setup:
     macs = measure_macs(
         teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
     )
-    check_budget(cfg.budget, macs)
+    if cfg.cost == "latency" and table is None:
+        table = from_first(lambda: measure_table(used_at.unet, place_of(cfg, used_at)))
+    cost = latency_model(teacher.unet, space, table) if table else macs
+    check_budget(cfg.budget, cost)
     clock = time.time()
     encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
     z = encoder.embeddings(data.captions)  # (rows, dz)
@@ -149,6 +158,8 @@ def prepare(cfg: Pruning) -> Setup:
         teacher=teacher,
         space=space,
         macs=macs,
+        cost=cost,
+        table=table,
         data=data,
         validation=validation,
         encoder=encoder,
@@ -159,7 +170,40 @@ def prepare(cfg: Pruning) -> Setup:
     )
 
 
+# ---- the cost in seconds ----
+
+
+def given_table(cfg: Pruning) -> dict[str, Any] | None:
+    """The table of latency that `--cost` names, or that the run began with; else None."""
+    if cfg.cost == "macs":
+        return None
+    mine = (cfg.out or RUNS) / LATENCY
+    if cfg.cost != "latency":
+        return read_table(cfg.cost)
+    return read_table(str(mine)) if mine.exists() else None
+
+
+def place_of(cfg: Pruning, teacher: Teacher) -> Place:
+    """Where experts run if nothing else is said: here, two images at once, as guidance has it."""
+    return Place(
+        device=str(teacher.device),
+        precision=cfg.precision,
+        batch=2,
+        pixels=teacher.resolution,
+        latent_size=teacher.latent_size,
+        text_tokens=teacher.text_tokens,
+    )
+
+
 # ---- the folder ----
+
+
+def start_folder(setup: Setup, settings: dict[str, Any]) -> None:
+    """Write what a resumed run must find as it was: the settings, and the table of latency."""
+    assert setup.cfg.out
+    write_json(setup.cfg.out / "config.json", settings)
+    if setup.table:
+        write_json(setup.cfg.out / LATENCY, setup.table)
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -305,8 +349,21 @@ def write_results(
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
         for split, experts in routed.items()
     }
+    logits = router.codes.detach().cpu() if codes is None else None
     if codes is None:
-        codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
+        codes = meet_budget(router.codes, usage["train"], setup.cost, cfg.budget)
+    latency, latencies = dict[str, Any](), [dict[str, Any]() for _ in codes]
+    if setup.table:
+        codes, latency, latencies = meet_in_time(
+            setup.teacher.unet,
+            setup.cost,
+            setup.table,
+            device=str(setup.teacher.device),
+            budget=cfg.budget,
+            codes=codes,
+            logits=logits,
+            shares=usage["train"],
+        )
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),
@@ -325,12 +382,18 @@ def write_results(
         "budget": cfg.budget,
         "num_experts": cfg.num_experts,
         "units": macs.space.size,
-        "macs_dense": macs.dense,
+        "macs_dense": round(macs.dense),
         "macs_ratio_mean": (usage["train"].double() @ macs(codes)).item() / macs.dense,
         "usage_train": usage["train"].tolist(),
         "usage_validation": usage["validation"].tolist(),
-        "experts": list(describe_experts(setup, codes, routed["train"])),
+        "experts": [
+            expert | times
+            for expert, times in zip(
+                describe_experts(setup, codes, routed["train"]), latencies, strict=True
+            )
+        ],
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        **latency,
     }
     write_json(run / "summary.json", summary)
 
