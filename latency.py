@@ -56,7 +56,8 @@ from teacher.model import PRECISIONS
 from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of
 
 WIDTHS = 8  # at which a layer is timed
-ROUNDS = 7  # in each of which everything that is compared has its turn
+ROUNDS = 7  # in each of which everything that is compared has its turn; where one takes ...
+SLOW, FEW = 1.0, 3  # ... more than these seconds, this many
 TURN = 0.005  # seconds that a turn takes at least
 MOST_CALLS = 100  # in a turn
 IN_GRAPH = 8  # calls in a CUDA graph, so that launching it weighs little
@@ -154,14 +155,14 @@ def time_in_turns(modules: Sequence[nn.Module], call: Call, place: Place) -> lis
     where = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with where, one_thread(), torch.no_grad():
         runs = [prepare_run(module, call, place) for module in modules]
-        counts = []
-        for run, _ in runs:
-            for _ in range(2):  # kernels are chosen and memory is reserved
-                turn(run, 1, device)
-            counts.append(min(MOST_CALLS, math.ceil(TURN / max(turn(run, 1, device), 1e-9))))
+        for run, _ in runs:  # kernels are chosen and memory is reserved
+            turn(run, 1, device)
+        once = [turn(run, 1, device) for run, _ in runs]
+        counts = [min(MOST_CALLS, math.ceil(TURN / max(seconds, 1e-9))) for seconds in once]
         pairs = list(zip(runs, counts, strict=True))
         rounds = [
-            [turn(run, n, device) / n / calls for (run, calls), n in pairs] for _ in range(ROUNDS)
+            [turn(run, n, device) / n / calls for (run, calls), n in pairs]
+            for _ in range(ROUNDS if sum(once) < SLOW else min(FEW, ROUNDS))
         ]
     reference = statistics.median(times[-1] for times in rounds)
     ratios = zip(*([t / times[-1] for t in times] for times in rounds), strict=True)
@@ -198,7 +199,8 @@ def turn(run: Callable[[], object], times: int, device: torch.device) -> float:
 def prepare_run(module: nn.Module, call: Call, place: Place) -> tuple[Callable[[], object], int]:
     """A function that calls a module on real arguments, and how often it does so."""
     device, dtype = torch.device(place.device), PRECISIONS[place.precision]
-    module = with_random_weights(module.to(dtype), device)
+    # diffusers' own `to` warns, whether there is a reason or not
+    module = with_random_weights(nn.Module.to(module, dtype), device)
     args, kwargs = real(call, device, dtype)
     if place.runtime == "compile":
         torch._dynamo.config.recompile_limit = 64  # each width is a shape of its own

@@ -19,7 +19,7 @@ folder:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,14 +137,7 @@ def prepare(cfg: Pruning) -> Setup:
     if cfg.checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     space = find_units(teacher.unet, cfg.depth)
-    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
-    macs = measure_macs(
-        teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
-    )
-    if cfg.cost == "latency" and table is None:
-        table = from_first(lambda: measure_table(used_at.unet, place_of(cfg, used_at)))
-    cost = latency_model(teacher.unet, space, table) if table else macs
-    check_budget(cfg.budget, cost)
+    macs, cost, table = costs_of(cfg, teacher, space, table)
     clock = time.time()
     encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
     z = encoder.embeddings(data.captions)  # (rows, dz)
@@ -183,16 +176,25 @@ def given_table(cfg: Pruning) -> dict[str, Any] | None:
     return read_table(str(mine)) if mine.exists() else None
 
 
-def place_of(cfg: Pruning, teacher: Teacher) -> Place:
-    """Where experts run if nothing else is said: here, two images at once, as guidance has it."""
-    return Place(
-        device=str(teacher.device),
-        precision=cfg.precision,
-        batch=2,
-        pixels=teacher.resolution,
-        latent_size=teacher.latent_size,
-        text_tokens=teacher.text_tokens,
-    )
+def costs_of(
+    cfg: Pruning, teacher: Teacher, space: ArchSpace, table: dict[str, Any] | None
+) -> tuple[CostModel, CostModel, dict[str, Any] | None]:
+    """T(a) in MACs, T(a) that the budget is of, and the table that this is read off, if any.
+
+    Both are where experts will be used, at the teacher's own resolution. Latency is measured here
+    if it is asked for and there is no table yet, with two images at once, as guidance has it.
+    Raises `UserError` where the budget cannot be reached.
+    """
+    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
+    sizes = {"latent_size": used_at.latent_size, "text_tokens": teacher.text_tokens}
+    macs = measure_macs(teacher.unet, space, **sizes)
+    if cfg.cost == "latency" and table is None:
+        here = str(teacher.device), cfg.precision, 2, used_at.resolution
+        place = Place(*here, used_at.latent_size, teacher.text_tokens)
+        table = from_first(lambda: measure_table(teacher.unet, place))
+    cost = latency_model(teacher.unet, space, table) if table else macs
+    check_budget(cfg.budget, cost)
+    return macs, cost, table
 
 
 # ---- the folder ----
@@ -349,21 +351,7 @@ def write_results(
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
         for split, experts in routed.items()
     }
-    logits = router.codes.detach().cpu() if codes is None else None
-    if codes is None:
-        codes = meet_budget(router.codes, usage["train"], setup.cost, cfg.budget)
-    latency, latencies = dict[str, Any](), [dict[str, Any]() for _ in codes]
-    if setup.table:
-        codes, latency, latencies = meet_in_time(
-            setup.teacher.unet,
-            setup.cost,
-            setup.table,
-            device=str(setup.teacher.device),
-            budget=cfg.budget,
-            codes=codes,
-            logits=logits,
-            shares=usage["train"],
-        )
+    codes, latency, latencies = final_codes(setup, router, codes, usage["train"])
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),
@@ -386,24 +374,48 @@ def write_results(
         "macs_ratio_mean": (usage["train"].double() @ macs(codes)).item() / macs.dense,
         "usage_train": usage["train"].tolist(),
         "usage_validation": usage["validation"].tolist(),
-        "experts": [
-            expert | times
-            for expert, times in zip(
-                describe_experts(setup, codes, routed["train"]), latencies, strict=True
-            )
-        ],
+        "experts": list(describe_experts(setup, codes, routed["train"], latencies)),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         **latency,
     }
     write_json(run / "summary.json", summary)
 
 
-def describe_experts(setup: Setup, codes: Tensor, routed: Tensor) -> Iterator[dict[str, Any]]:
+def final_codes(
+    setup: Setup, router: PromptRouter, codes: Tensor | None, shares: Tensor
+) -> tuple[Tensor, dict[str, Any], list[dict[str, Any]]]:
+    """Binary codes, (N, D), and what a budget of time adds to a run's summary and its experts.
+
+    Args:
+        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
+        shares: of the prompts, (N,).
+    """
+    logits = router.codes.detach().cpu() if codes is None else None
+    if codes is None:
+        codes = meet_budget(router.codes, shares, setup.cost, setup.cfg.budget)
+    if setup.table is None:
+        return codes, {}, [{} for _ in codes]
+    return meet_in_time(
+        setup.teacher.unet,
+        setup.cost,
+        setup.table,
+        device=str(setup.teacher.device),
+        budget=setup.cfg.budget,
+        codes=codes,
+        logits=logits,
+        shares=shares,
+    )
+
+
+def describe_experts(
+    setup: Setup, codes: Tensor, routed: Tensor, latencies: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """What `summary.json` says of each expert.
 
     Args:
         codes: binary codes, (N, D).
         routed: expert of each training prompt, (rows,).
+        latencies: of each expert, as `final_codes` gives them.
     """
     everything = setup.data.captions
     for i, code in enumerate(codes):
@@ -416,4 +428,5 @@ def describe_experts(setup: Setup, codes: Tensor, routed: Tensor) -> Iterator[di
             "params": sum(p.numel() for p in cut.parameters()),
             "usage_train": len(rows) / len(routed),
             "words": frequent_words([everything[row] for row in rows], everything),
+            **latencies[i],
         }

@@ -25,6 +25,7 @@ from common.errors import UserError
 from common.files import load_tensors, read_json
 from common.randomness import step_generator
 from gates import ArchSpace
+from latency import with_random_weights
 from macs import CostModel, measure_macs, meet_budget
 from prune_unet import cut_in_place, example_inputs, find_units, meta_copy
 from teacher.shapes import CLIP_TOKENS
@@ -78,14 +79,10 @@ def variants() -> list[Variant]:
     return [Variant("cpu", "cpu", torch.float32), *on_cuda]
 
 
-def with_random_weights(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+def random_unet(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """A U-Net of the shape of `model`, frozen, with its modules' own random initialisation."""
     torch.manual_seed(0)
-    made = meta_copy(model).to_empty(device=device)
-    for module in made.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return made.eval().requires_grad_(False)
+    return with_random_weights(meta_copy(model), device)
 
 
 def prepare(model: UNet2DConditionModel, variant: Variant) -> UNet2DConditionModel:

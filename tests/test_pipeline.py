@@ -66,7 +66,7 @@ def test_summary_has_what_others_rely_on(run):
 
 def test_mean_macs_over_training_prompts_meet_the_budget(run):
     summary, teacher = read_json(run / "summary.json"), load_teacher("pocket")
-    space = find_units(teacher.unet)
+    space = find_units(teacher.unet, SMALL.depth)
     macs = measure_macs(teacher.unet, space, latent_size=8, text_tokens=teacher.text_tokens)
     assert summary["units"] == space.size and summary["macs_dense"] == macs.dense
     ratios = macs(finetune.load_codes(run, space)) / macs.dense
