@@ -29,7 +29,7 @@ can be compared between layers. How that is done, and other departures:
   Transformer but the first and, in the decoder, the last. Small: also the middle. Tiny: also the
   innermost stage (its resampling stays here: the space has no unit for it). Here, for any budget,
   pairs are removed in that order, within Base from the innermost stage outwards, as long as the
-  MACs stay above the budget. The rest is saved by closing units by `norm`'s scores: first in the
+  cost stays above the budget. The rest is saved by closing units by `norm`'s scores: first in the
   block that would be next, then in all others, and if that is not enough, by removing other layers.
   At the MACs of Base and of Small the expert is theirs exactly. This needs a space of depth "all"
   (`DEPTHS`).
@@ -50,7 +50,7 @@ from torch import Tensor
 from common.randomness import step_generator
 from gates import ArchSpace, Layer, inside
 from importance import taylor_importance
-from macs import MacsModel, check_budget, meet_budget
+from macs import ROUNDING, CostModel, check_budget, meet_budget
 from prune_unet import gated_module
 from router import PromptRouter
 from run import Setup
@@ -61,9 +61,9 @@ ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster 
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
-def close_lowest(scores: Tensor, macs: MacsModel, budget: float) -> Tensor:
+def close_lowest(scores: Tensor, setup: Setup) -> Tensor:
     """Scores (D,) -> gates in {0, 1}, (1, D), that meet the budget."""
-    return meet_budget(scores[None], torch.ones(1), macs, budget)
+    return meet_budget(scores[None], torch.ones(1), setup.cost, setup.cfg.budget)
 
 
 def dense(setup: Setup, router: PromptRouter) -> Tensor:
@@ -75,7 +75,7 @@ def random(setup: Setup, router: PromptRouter) -> Tensor:
     """A code that closes units at random, (1, D)."""
     generator = step_generator(setup.cfg.seed, "random code")
     scores = torch.rand(setup.space.size, generator=generator)  # (D,)
-    return close_lowest(scores, setup.macs, setup.cfg.budget)
+    return close_lowest(scores, setup)
 
 
 # ---- norm ----
@@ -84,7 +84,7 @@ def random(setup: Setup, router: PromptRouter) -> Tensor:
 def norm(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that closes units of small weights, (1, D). Li et al., 2017."""
     scores = relative_norms(setup.teacher.unet, setup.space)
-    return close_lowest(scores, setup.macs, setup.cfg.budget)
+    return close_lowest(scores, setup)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
 
 def sp(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
-    return close_lowest(taylor_importance(setup)[0], setup.macs, setup.cfg.budget)
+    return close_lowest(taylor_importance(setup)[0], setup)
 
 
 def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
@@ -146,7 +146,7 @@ def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
     clusters = router.route(setup.z).cpu()  # (rows,)
     scores = taylor_importance(setup, clusters, ROUTED_BATCHES)  # (N, D)
     shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
-    return meet_budget(scores, shares, setup.macs, setup.cfg.budget)
+    return meet_budget(scores, shares, setup.cost, setup.cfg.budget)
 
 
 # ---- bksdm ----
@@ -158,9 +158,9 @@ def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
     Raises:
         ValueError: the space is not one of depth "all".
     """
-    macs, space, budget = setup.macs, setup.space, setup.cfg.budget
-    check_budget(budget, macs)
-    removed, following = blocks_to_remove(macs, budget)
+    space = setup.space
+    check_budget(setup.cfg.budget, setup.cost)
+    removed, following = blocks_to_remove(setup.cost, setup.cfg.budget)
     scores = relative_norms(setup.teacher.unet, space)
     beyond = scores.max() + 1  # more than two scores can differ by
     for layer in space.layers:
@@ -170,19 +170,16 @@ def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
             scores[layer.span] += beyond  # closed later than any width
         elif inside(layer, following):
             scores[layer.span] -= beyond  # closed earlier than the others
-    # removed blocks cost nothing from here on, so `meet_budget` does not open them again
-    left = torch.tensor([1.0] + [layer.name not in removed for layer in space.depth_layers])
-    rest = replace(macs, unit_cost=macs.unit_cost * left, fixed_cost=macs.fixed_cost * left)
-    return close_lowest(scores, rest, min(1.0, budget * macs.dense / rest.dense))
+    return close_lowest(scores, setup)
 
 
-def blocks_to_remove(macs: MacsModel, budget: float) -> tuple[list[str], list[str]]:
+def blocks_to_remove(cost: CostModel, budget: float) -> tuple[list[str], list[str]]:
     """Names of the layers that go before the budget is undercut, and of the block next in line."""
-    code, removed = torch.ones(macs.space.size), list[str]()
-    starts = {layer.name: layer.start for layer in macs.space.depth_layers}
-    for block in removal_order(macs.space):
+    code, removed = torch.ones(cost.space.size), list[str]()
+    starts = {layer.name: layer.start for layer in cost.space.depth_layers}
+    for block in removal_order(cost.space):
         code[[starts[name] for name in block]] = 0
-        if macs(code) + 0.5 < budget * macs.dense:  # half a MAC, against rounding
+        if cost(code) < budget * cost.dense * (1 - ROUNDING):
             return removed, block
         removed += block
     return removed, []
@@ -226,7 +223,7 @@ def removal_order(space: ArchSpace) -> list[list[str]]:
 
 def uni_arch(setup: Setup, router: PromptRouter) -> Tensor:
     """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
-    return close_lowest(train_code(setup), setup.macs, setup.cfg.budget)
+    return close_lowest(train_code(setup), setup)
 
 
 def train_code(setup: Setup) -> Tensor:

@@ -49,6 +49,7 @@ from run import (
     load_split,
     prepare,
     read_run,
+    start_folder,
     write_results,
 )
 from sample import APTPPipeline
@@ -64,7 +65,17 @@ CLUSTERS = ("random-clusters", "by-group")  # controls of aptp: the experts are 
 SHORT = {"experts-": "num-experts-"}
 PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
 OF_ALL = (  # settings that all methods of a comparison share, so no variant changes them
-    *("target", "teacher", "budget", "data_dir", "prompt_encoder", "limit", "seed", "resolution"),
+    *(
+        "target",
+        "teacher",
+        "budget",
+        "cost",
+        "data_dir",
+        "prompt_encoder",
+        "limit",
+        "seed",
+        "resolution",
+    ),
     *("precision", *MACHINE),
 )
 MAY_DIFFER = (*MACHINE, "methods", "seeds", "seed", "protocol", "finetune_steps", "distances_only")
@@ -208,7 +219,7 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
     check_resumable(run, settings)
     if not (run / "summary.json").exists():
         setup = prepared(cfg, last, scored)
-        write_json(run / "config.json", settings)
+        start_folder(setup, settings)
         given, codes, seconds, routing = None, None, dict[str, float](), dict[str, float]()
         if method.clusters:
             given = given_experts(method.clusters, setup)
@@ -222,7 +233,7 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
             router = setup.start_router()
             codes = baselines.METHODS[method.base](setup, router)  # (N, D)
         if (run / "metrics.csv").exists():
-            soft = read_log(run / "metrics.csv")["macs_ratio"]
+            soft = read_log(run / "metrics.csv")["cost_ratio"]
             routing["soft_ratio"] = float(soft[-max(1, len(soft) // 4) :].mean())
         write_json(run / "routing.json", routing)
         write_results(setup, router, seconds, codes=codes, method=method.name, given=given)

@@ -51,7 +51,7 @@ from evaluation.scores import (
     shared_information,
 )
 from evaluation.tables import aggregate, markdown
-from macs import MacsModel, meet_budget
+from macs import CostModel, meet_budget
 from prune_unet import attach_gates
 from run import as_json, load_codes, load_split, newest_run, read_run
 from sample import APTPPipeline, read_prompts
@@ -207,7 +207,7 @@ def without_captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def distances_of(
-    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Sequence[int], macs: MacsModel
+    teacher: Teacher, data: CaptionedImages, codes: Tensor, experts: Sequence[int], macs: CostModel
 ) -> Values:
     """Distances to the teacher's output before any fine-tuning, of some rows of a split, (n,).
 
@@ -260,7 +260,7 @@ def generated(
     return made
 
 
-def retained(codes: Tensor, macs: MacsModel) -> tuple[list[str], Tensor]:
+def retained(codes: Tensor, macs: CostModel) -> tuple[list[str], Tensor]:
     """Share of each block's prunable MACs that each expert keeps: Figs. 11-12.
 
     A block is a ResBlock or a Transformer. Prunable is what goes if all of its units are closed.

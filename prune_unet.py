@@ -143,22 +143,23 @@ def example_inputs(
     latent_size: int,
     text_tokens: int,
     device: str | torch.device = "meta",
+    batch: int = 1,
 ) -> dict[str, Any]:
-    """Keyword arguments of one forward of one image."""
+    """Keyword arguments of one forward of `batch` images."""
     config = unet.config
     width = config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
-    size = (1, config.in_channels, latent_size, latent_size)
+    size = (batch, config.in_channels, latent_size, latent_size)
     inputs: dict[str, Any] = {
         "sample": torch.zeros(size, device=device),
-        "timestep": torch.zeros(1, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(1, text_tokens, width, device=device),
+        "timestep": torch.zeros(batch, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(batch, text_tokens, width, device=device),
     }
     if config.addition_embed_type == "text_time":  # SDXL: pooled text and six sizes
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(1, pooled, device=device),
-            "time_ids": torch.zeros(1, 6, device=device),
+            "text_embeds": torch.zeros(batch, pooled, device=device),
+            "time_ids": torch.zeros(batch, 6, device=device),
         }
     return inputs
 
@@ -354,6 +355,18 @@ def cut_feedforward(feedforward: FeedForward, kept: Tensor, units: int) -> None:
     keep_channels(feedforward.net[2], channels, 1)
 
 
+def cut_layer(module: Any, layer: Layer, kept: Tensor) -> None:
+    """Keep the units numbered `kept`, (K,), of a width layer's module, in place."""
+    if len(kept) == layer.units:
+        return
+    if layer.kind == "resnet":
+        cut_resnet(module, kept)
+    elif layer.kind == "attention":
+        cut_attention(module, kept)
+    else:
+        cut_feedforward(module, kept, layer.units)
+
+
 def channels_of_units(kept: Tensor, per_unit: int) -> Tensor:
     """Numbers of the channels of the units `kept`, (K,) -> (K per_unit,)."""
     return (kept[:, None] * per_unit + torch.arange(per_unit)).flatten()
@@ -384,15 +397,9 @@ def cut_in_place(unet: UNet2DConditionModel, space: ArchSpace, code: Tensor) -> 
     code = code.detach().cpu()
     removed = removed_layers(code, space)
     for layer in space.width_layers:
-        module, kept = unet.get_submodule(layer.name), code[layer.span].nonzero().flatten()  # (K,)
-        if len(kept) == layer.units or inside(layer, removed):
-            continue
-        if layer.kind == "resnet":
-            cut_resnet(module, kept)
-        elif layer.kind == "attention":
-            cut_attention(module, kept)
-        else:
-            cut_feedforward(module, kept, layer.units)
+        if not inside(layer, removed):
+            kept = code[layer.span].nonzero().flatten()  # (K,)
+            cut_layer(unet.get_submodule(layer.name), layer, kept)
     for name in removed:
         module = unet.get_submodule(name)
         is_resnet = isinstance(module, ResnetBlock2D)

@@ -7,6 +7,7 @@ folder:
 | file | what |
 |---|---|
 | `config.json` | the settings; written first |
+| `latency.json` | the table of latency that the cost is read off, if it is latency |
 | `metrics.csv` | the terms of the loss, a row a step |
 | `router.safetensors` | the router, and its prompt encoder's name |
 | `codes.safetensors` | binary codes that meet the budget, (N, D) |
@@ -19,7 +20,7 @@ folder:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,10 +33,11 @@ from torch import Tensor
 from common.checkpoint import refuse_other_settings
 from common.errors import UserError
 from common.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from common.processes import check_agreement, pick_device, start_processes
+from common.processes import check_agreement, from_first, pick_device, start_processes
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
-from macs import MacsModel, check_budget, measure_macs, meet_budget
+from latency import Place, latency_model, measure_table, meet_in_time, read_table
+from macs import CostModel, check_budget, measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
 from router import PromptEncoder, PromptRouter, content_map
 from settings import MACHINE, RUNS, Pruning
@@ -45,6 +47,7 @@ from teacher.encoded import Encoded, encode_target
 from teacher.model import Noised, Teacher, add_noise, load_teacher
 
 PAPER_PIXELS = 256  # while pruning
+LATENCY = "latency.json"
 WORDINGS_OF = 300  # images whose captions `content_map` compares
 NEEDED = {  # what scripts read of a run, by its file
     "summary.json": (
@@ -66,7 +69,9 @@ class Setup:
     cfg: Pruning
     teacher: Teacher
     space: ArchSpace
-    macs: MacsModel  # at the teacher's own resolution, where experts will be used
+    macs: CostModel  # at the teacher's own resolution, where experts will be used
+    cost: CostModel  # what the budget is of: `macs`, or the latency of `table`
+    table: dict[str, Any] | None
     data: CaptionedImages
     validation: CaptionedImages
     encoder: PromptEncoder
@@ -126,6 +131,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
         UserError: something is missing, too small, or does not fit.
     """
     device = start_processes(pick_device(cfg.device))
+    table = given_table(cfg)
     pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
     splits = load_splits(cfg, pixels)  # data first, since what is missing there is found at once
     if len(splits["train"]) < cfg.num_experts:
@@ -147,11 +153,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     if cfg.checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     space = find_units(teacher.unet, cfg.depth)
-    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
-    macs = measure_macs(
-        teacher.unet, space, latent_size=used_at.latent_size, text_tokens=teacher.text_tokens
-    )
-    check_budget(cfg.budget, macs)
+    macs, cost, table = costs_of(cfg, teacher, space, table)
     clock = time.time()
     encoder = PromptEncoder(cfg.prompt_encoder, teacher.device)
     z = encoder.embeddings(data.captions)  # (rows, dz)
@@ -165,6 +167,8 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
         teacher=teacher,
         space=space,
         macs=macs,
+        cost=cost,
+        table=table,
         data=data,
         validation=splits["validation"],
         encoder=encoder,
@@ -176,7 +180,49 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     )
 
 
+# ---- the cost in seconds ----
+
+
+def given_table(cfg: Pruning) -> dict[str, Any] | None:
+    """The table of latency that `--cost` names, or that the run began with; else None."""
+    if cfg.cost == "macs":
+        return None
+    mine = (cfg.out or RUNS) / LATENCY
+    if cfg.cost != "latency":
+        return read_table(cfg.cost)
+    return read_table(str(mine)) if mine.exists() else None
+
+
+def costs_of(
+    cfg: Pruning, teacher: Teacher, space: ArchSpace, table: dict[str, Any] | None
+) -> tuple[CostModel, CostModel, dict[str, Any] | None]:
+    """T(a) in MACs, T(a) that the budget is of, and the table that this is read off, if any.
+
+    Both are where experts will be used, at the teacher's own resolution. Latency is measured here
+    if it is asked for and there is no table yet, with two images at once, as guidance has it.
+    Raises `UserError` where the budget cannot be reached.
+    """
+    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
+    sizes = {"latent_size": used_at.latent_size, "text_tokens": teacher.text_tokens}
+    macs = measure_macs(teacher.unet, space, **sizes)
+    if cfg.cost == "latency" and table is None:
+        here = str(teacher.device), cfg.precision, 2, used_at.resolution
+        place = Place(*here, used_at.latent_size, teacher.text_tokens)
+        table = from_first(lambda: measure_table(teacher.unet, place))
+    cost = latency_model(teacher.unet, space, table) if table else macs
+    check_budget(cfg.budget, cost)
+    return macs, cost, table
+
+
 # ---- the folder ----
+
+
+def start_folder(setup: Setup, settings: dict[str, Any]) -> None:
+    """Write what a resumed run must find as it was: the settings, and the table of latency."""
+    assert setup.cfg.out
+    write_json(setup.cfg.out / "config.json", settings)
+    if setup.table:
+        write_json(setup.cfg.out / LATENCY, setup.table)
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -403,8 +449,7 @@ def write_results(
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
         for split, experts in routed.items()
     }
-    if codes is None:
-        codes = meet_budget(router.codes, usage["train"], macs, cfg.budget)
+    codes, latency, latencies = final_codes(setup, router, codes, usage["train"])
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),
@@ -422,22 +467,52 @@ def write_results(
         "budget": cfg.budget,
         "num_experts": cfg.num_experts,
         "units": macs.space.size,
-        "macs_dense": macs.dense,
+        "macs_dense": round(macs.dense),
         "macs_ratio_mean": (usage["train"].double() @ macs(codes)).item() / macs.dense,
         "usage_train": usage["train"].tolist(),
         "usage_validation": usage["validation"].tolist(),
-        "experts": list(describe_experts(setup, codes, routed["train"])),
+        "experts": list(describe_experts(setup, codes, routed["train"], latencies)),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        **latency,
     }
     write_json(run / "summary.json", summary)
 
 
-def describe_experts(setup: Setup, codes: Tensor, routed: Tensor) -> Iterator[dict[str, Any]]:
+def final_codes(
+    setup: Setup, router: PromptRouter, codes: Tensor | None, shares: Tensor
+) -> tuple[Tensor, dict[str, Any], list[dict[str, Any]]]:
+    """Binary codes, (N, D), and what a budget of time adds to a run's summary and its experts.
+
+    Args:
+        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
+        shares: of the prompts, (N,).
+    """
+    logits = router.codes.detach().cpu() if codes is None else None
+    if codes is None:
+        codes = meet_budget(router.codes, shares, setup.cost, setup.cfg.budget)
+    if setup.table is None:
+        return codes, {}, [{} for _ in codes]
+    return meet_in_time(
+        setup.teacher.unet,
+        setup.cost,
+        setup.table,
+        device=str(setup.teacher.device),
+        budget=setup.cfg.budget,
+        codes=codes,
+        logits=logits,
+        shares=shares,
+    )
+
+
+def describe_experts(
+    setup: Setup, codes: Tensor, routed: Tensor, latencies: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """What `summary.json` says of each expert.
 
     Args:
         codes: binary codes, (N, D).
         routed: expert of each training prompt, (rows,).
+        latencies: of each expert, as `final_codes` gives them.
     """
     everything = setup.data.captions
     for i, code in enumerate(codes):
@@ -450,4 +525,5 @@ def describe_experts(setup: Setup, codes: Tensor, routed: Tensor) -> Iterator[di
             "params": sum(p.numel() for p in cut.parameters()),
             "usage_train": len(rows) / len(routed),
             "words": frequent_words([everything[row] for row in rows], everything),
+            **latencies[i],
         }

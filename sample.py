@@ -51,7 +51,7 @@ from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
 from gates import ArchSpace
-from macs import MacsModel, measure_macs
+from macs import CostModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
 from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
 from run import (
@@ -145,7 +145,7 @@ class APTPPipeline:
         """The weights that the experts share, on the CPU."""
         return load_shared(self.run, self.teacher.unet, self.codes)
 
-    def macs(self) -> MacsModel:
+    def macs(self) -> CostModel:
         """T(a) at the pipeline's resolution."""
         sizes = {"latent_size": self.teacher.latent_size, "text_tokens": self.teacher.text_tokens}
         return measure_macs(self.teacher.unet, self.space, **sizes)

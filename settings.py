@@ -38,7 +38,7 @@ Depth = Annotated[str, Choice("paper", "all", "none")]
 
 @dataclass(frozen=True)
 class Pruning:
-    """Pruning. Other targets than emoji have the defaults of --preset coco-base."""
+    """Pruning. Other targets than emoji have --preset coco-base's defaults, but --depth all."""
 
     HEADINGS: ClassVar[dict[str, str]] = {
         "target": "what is pruned (--preset NAME sets several: see settings.py)",
@@ -54,15 +54,17 @@ class Pruning:
     """pocket, a diffusers folder, a hub id (paper: SD 2.1), or a
     random one: sd21-random, sdxl-random."""
     budget: Budget = 0.78
-    """T_d: experts' mean share of the MACs (paper: 0.64 to 0.85)."""
+    """T_d: experts' mean share of the cost (paper: 0.64 to 0.85)."""
+    cost: str = "macs"
+    """macs, latency (measured here), or a table made by latency.py."""
     num_experts: Count = 8
     """N, the number of architecture codes (paper: 8 or 16)."""
     data_dir: Path | None = None
     """Folder of the target's files, for coco and cc3m."""
     prompt_encoder: str = "minilm"
     """f_PE: minilm, a folder, a hub id (paper: all-mpnet-base-v2)."""
-    depth: Depth = "paper"
-    """Layers that may be removed whole."""
+    depth: Depth = "all"
+    """Layers that may be removed whole (paper: D = 1620)."""
     precision: Precision = "fp32"
     """Of the frozen teacher; the router is in fp32."""
     resolution: Pixels | None = None
@@ -200,6 +202,7 @@ PAPER = Pruning(  # for every other target; fewer and larger steps than the pape
     target="coco",
     teacher=STABLE_DIFFUSION,
     prompt_encoder=PAPER_ENCODER,
+    depth="paper",
     warmup_steps=100,
     joint_steps=400,
     batch_size=1024,
@@ -212,6 +215,7 @@ def as_printed(cfg: Pruning) -> Pruning:
     """Without the departures that have a switch."""
     return replace(
         cfg,
+        depth="paper",
         hold_budget=False,
         importance_start=False,
         by_content=False,
@@ -247,7 +251,7 @@ TUNED_BY = [*group(Finetuning, "refit"), *group(Finetuning, "steps")]
 
 def pruning_of(target: str) -> Pruning:
     """The defaults of a target."""
-    return EMOJI if target == EMOJI.target else replace(PAPER, target=target)
+    return EMOJI if target == EMOJI.target else replace(PAPER, target=target, depth=EMOJI.depth)
 
 
 def finetuning_of(target: str) -> Finetuning:

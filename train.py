@@ -38,7 +38,7 @@ from tqdm import trange
 import losses
 from common.checkpoint import Checkpoint
 from common.errors import command_line
-from common.files import MetricsLog, read_json, write_json
+from common.files import MetricsLog, read_json
 from common.processes import (
     all_reduce,
     barrier,
@@ -51,15 +51,15 @@ from common.randomness import batch_rows, step_generator
 from evaluation.tables import print_experts
 from gates import gumbel_noise, gumbel_sigmoid
 from importance import importance_start
-from macs import MacsModel, budget_shift
+from macs import CostModel, budget_shift
 from prune_unet import BlockRecorder, GateHandle, attach_gates
 from router import PromptRouter
-from run import Setup, as_json, check_resumable, prepare, write_results
+from run import Setup, as_json, check_resumable, prepare, start_folder, write_results
 from settings import Pruning, read_with_preset, resolve
 from targets.images import check_target
 from teacher.model import Noised, Teacher
 
-TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "macs_ratio"]
+TERMS = ["loss", "denoising", "distillation", "resource", "contrastive", "cost_ratio"]
 TERMS += ["lambda_res", "perplexity"]
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -76,7 +76,7 @@ class PruningStep:
         teacher: Teacher,
         router: PromptRouter,
         gates: GateHandle,
-        cost: MacsModel,
+        cost: CostModel,
     ) -> None:
         self.cfg, self.teacher, self.router = cfg, teacher, router
         self.gates, self.cost, self.T_d = gates, cost, cfg.budget * cost.dense
@@ -134,7 +134,7 @@ class PruningStep:
             "distillation": distillation.mean(),
             "resource": resource.abs(),
             "contrastive": contrastive,
-            "macs_ratio": mean_cost / self.cost.dense,
+            "cost_ratio": mean_cost / self.cost.dense,
             "lambda_res": lambda_res,
             "perplexity": perplexity(torch.arange(B) if experts is None else experts.cpu()),
         }
@@ -258,7 +258,7 @@ def train(cfg: Pruning) -> dict[str, Any]:
         return read_json(cfg.out / "summary.json")
     setup = prepare(cfg)
     if rank() == 0:
-        write_json(cfg.out / "config.json", settings)
+        start_folder(setup, settings)
     router, seconds = optimise(setup)
     if rank() == 0:
         write_results(setup, router, seconds)
@@ -290,7 +290,7 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
         router.start(*(start.to(teacher.device) for start in importance_start(setup)))
         seconds["importance"] = time.time() - clock
     barrier()  # all have read the checkpoint before it is written again
-    step_of = PruningStep(cfg, teacher, router, attach_gates(teacher.unet, setup.space), setup.macs)
+    step_of = PruningStep(cfg, teacher, router, attach_gates(teacher.unet, setup.space), setup.cost)
     log = MetricsLog(cfg.out / "metrics.csv", TERMS, first) if rank() == 0 else None
     local = local_rows(cfg.batch_size)
     bar = trange(first, steps, initial=first, total=steps, desc="pruning", disable=rank() > 0)

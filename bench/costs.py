@@ -25,7 +25,8 @@ from common.errors import UserError
 from common.files import load_tensors, read_json
 from common.randomness import step_generator
 from gates import ArchSpace
-from macs import MacsModel, measure_macs, meet_budget
+from latency import with_random_weights
+from macs import CostModel, measure_macs, meet_budget
 from prune_unet import cut_in_place, example_inputs, find_units, meta_copy
 from teacher.shapes import CLIP_TOKENS
 
@@ -78,14 +79,10 @@ def variants() -> list[Variant]:
     return [Variant("cpu", "cpu", torch.float32), *on_cuda]
 
 
-def with_random_weights(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+def random_unet(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """A U-Net of the shape of `model`, frozen, with its modules' own random initialisation."""
     torch.manual_seed(0)
-    made = meta_copy(model).to_empty(device=device)
-    for module in made.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return made.eval().requires_grad_(False)
+    return with_random_weights(meta_copy(model), device)
 
 
 def prepare(model: UNet2DConditionModel, variant: Variant) -> UNet2DConditionModel:
@@ -227,7 +224,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def fixed_costs(
-    unet: UNet2DConditionModel, code: Tensor, macs: MacsModel, latent_size: int
+    unet: UNet2DConditionModel, code: Tensor, macs: CostModel, latent_size: int
 ) -> dict[str, Any]:
     """Parameters and MACs of a code's expert, for one image and one forward; no weights needed."""
     expert = meta_copy(unet)

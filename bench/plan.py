@@ -13,26 +13,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from latency import latency_model
 from macs import check_budget, measure_macs
 from prune_unet import example_inputs, find_units, meta_copy
-from run import PAPER_PIXELS
+from run import PAPER_PIXELS, given_table
 from settings import Pruning, finetuning_of
 from teacher.model import PRECISIONS
-from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, load_shape, text_widths
-
-HUB_SHAPES = {
-    "stable-diffusion-2-1": "sd21",
-    "stable-diffusion-2-1-base": "sd21-base",
-    "stable-diffusion-xl-base-1.0": "sdxl",
-}
+from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, text_widths
 
 GIB = 2**30
-
-
-def shape_of(teacher: str) -> UNet2DConditionModel:
-    """A teacher's U-Net without weights. Raises `UserError` where its shape is not known here."""
-    name = teacher.removesuffix("-random")
-    return load_shape(HUB_SHAPES.get(name.rsplit("/", 1)[-1], name))
+STEPS = 25  # of a sample, App. E.2 ...
+FORWARDS = 26  # ... for which PNDM takes one step twice
 
 
 def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
@@ -57,6 +48,43 @@ def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) 
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def what_is_pruned(cfg: Pruning, unet: UNet2DConditionModel, tokens: int) -> str:
+    """Units, budget, and what a sample takes, several lines. Raises `UserError` as `plan`."""
+    pixels = PIXELS * unet.config.sample_size
+    space, every = find_units(unet, cfg.depth), find_units(unet, "all")
+    sizes = {"latent_size": unet.config.sample_size, "text_tokens": tokens}
+    macs, table = measure_macs(unet, space, **sizes), given_table(cfg)
+    cost = latency_model(unet, space, table) if table else macs
+    check_budget(cfg.budget, cost)
+    whole = f"{macs.dense / 1e9:.2f} G MACs at {pixels} px"
+    notes = ""
+    if cfg.depth != "all":
+        least = measure_macs(unet, every, **sizes)
+        notes += (
+            f"--depth all would give {every.size} units, with {least.floor / least.dense:.3f} of "
+            "the MACs left if all are pruned\n"
+        )
+    if table:
+        of = table["place"]
+        whole = f"{cost.dense * 1e3:.3g} ms a forward"
+        sample = 2 * FORWARDS * cost.dense / of["batch"]  # guidance takes two images
+        notes += (
+            f"latency: {cfg.budget * sample:.3g} seconds a sample ({STEPS} steps with guidance), "
+            f"dense {sample:.3g}; {table['machine']['device']}, {of['precision']}, "
+            f"batch {of['batch']}, {of['pixels']} px, {of['runtime']}\n"
+        )
+    elif cfg.cost == "latency":
+        notes += "latency is measured as the run starts; latency.py measures it now\n"
+    if text_widths(unet.config)[1]:
+        notes += "SDXL: hyperparameters of Stable Diffusion 2.1, untested at full size\n"
+    params = sum(p.numel() for p in unet.parameters())
+    return f"""\
+{cfg.teacher} on {cfg.target}: {params / 1e6:.1f} M parameters, {space.size} prunable units
+budget {cfg.budget:g} of {whole}; with everything pruned {cost.floor / cost.dense:.3f} are left; \
+{cfg.num_experts} experts
+{notes}"""
+
+
 def plan(cfg: Pruning) -> str:
     """The plan of a run, several lines. Raises `UserError` where the budget cannot be reached.
 
@@ -68,8 +96,7 @@ def plan(cfg: Pruning) -> str:
     pixels = min(cfg.resolution or PAPER_PIXELS, own)
     tokens = POCKET_TOKENS if cfg.teacher == "pocket" else CLIP_TOKENS
     space = find_units(unet, cfg.depth)
-    used = measure_macs(unet, space, latent_size=own // PIXELS, text_tokens=tokens)
-    check_budget(cfg.budget, used)
+    head = what_is_pruned(cfg, unet, tokens)
     size = pixels // PIXELS
     macs = measure_macs(unet, space, latent_size=size, text_tokens=tokens)
     params = sum(p.numel() for p in unet.parameters())
@@ -90,15 +117,9 @@ def plan(cfg: Pruning) -> str:
     start = (
         "they start within 4 of 0" if cfg.importance_start else f"all start at {cfg.open_logit:g}"
     )
-    untested = ""
-    if text_widths(unet.config)[1]:
-        untested = "SDXL: hyperparameters of Stable Diffusion 2.1, untested at full size\n"
     text = f"{forwards} forwards x {cfg.batch_size} images x {macs.dense / 1e9:.2f} G"
     return f"""\
-{cfg.teacher} on {cfg.target}: {params / 1e6:.1f} M parameters, {space.size} prunable units
-budget {cfg.budget:g} of {used.dense / 1e9:.2f} G MACs at {own} px; with everything pruned \
-{used.floor / used.dense:.3f} are left; {cfg.num_experts} experts
-{untested}
+{head}
 pruning      {cfg.warmup_steps} + {cfg.joint_steps} steps at {pixels} px, effective batch \
 {cfg.batch_size}, {together} at once in each process
   MACs       {of_step / 1e12:.1f} T a step ({text}), {steps * of_step / 1e15:.1f} P in all

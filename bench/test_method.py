@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import losses
-from bench.costs import with_random_weights
+from bench.costs import random_unet
 from macs import measure_macs
 from prune_unet import BlockRecorder, attach_gates, example_inputs, meta_copy
 from router import PromptRouter
@@ -137,7 +137,7 @@ def pocket_step(device):
 
     def make(num_experts, prompts):
         batch = noised(shape, prompts, shape.config.sample_size, 20, device)
-        return stepper(with_random_weights(shape, device), num_experts, batch)[0]
+        return stepper(random_unet(shape, device), num_experts, batch)[0]
 
     return make
 

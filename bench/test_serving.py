@@ -112,7 +112,7 @@ def pipeline(served, captions, device, tmp_path_factory):
         "budget": BUDGET,
         "num_experts": N,
         "experts": listed,
-        "macs_dense": macs.dense,
+        "macs_dense": round(macs.dense),
         "macs_ratio_mean": ratio,
         "usage_train": [1 / N] * N,
         "usage_validation": [1 / N] * N,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.errors import UserError, command_line
 from common.options import read_options
 from common.ranges import Count, Pixels, check
-from macs import MacsModel, measure_macs, module_macs
+from macs import CostModel, measure_macs, module_macs
 from prune_unet import blocks_of, example_inputs, find_units, meta_copy
 from settings import Depth
 from teacher.shapes import PIXELS, load_shape
@@ -51,7 +51,7 @@ class Table:
 
 
 def level_costs(
-    unet: UNet2DConditionModel, macs: MacsModel, *, latent_size: int, text_tokens: int = 77
+    unet: UNet2DConditionModel, macs: CostModel, *, latent_size: int, text_tokens: int = 77
 ) -> list[dict[str, Any]]:
     """Units, parameters, MACs and prunable share of MACs of each down, middle and up block.
 
@@ -84,7 +84,7 @@ def level_costs(
         for layer in layers:
             code[layer.span] = macs.smallest()[layer.span]
             units[layer.kind] += layer.units
-        gone = macs.dense - round(macs(code).item())
+        gone = macs.dense - macs(code).item()
         rows.append(
             {
                 "level": level,
@@ -171,7 +171,7 @@ def describe(
         "ff": space.count("feedforward"),
         "depth": space.count("depth"),
         "params": sum(p.numel() for p in unet.parameters()),
-        "macs": macs.dense,
+        "macs": round(macs.dense),
         "macs_paper": paper_macs(unet, latent_size=sizes["latent_size"]),
         "floor": macs.floor / macs.dense,
         "levels": level_costs(unet, macs, **sizes),

@@ -14,13 +14,16 @@ These are the few calls of `torch.distributed` that this needs; with one process
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from common.errors import UserError
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # without a word from the others, before a process gives up
 
 
@@ -109,6 +112,15 @@ def all_reduce(*tensors: Tensor) -> None:
     if distributed.is_initialized():
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What process 0 makes, in all of them."""
+    if not distributed.is_initialized():
+        return make()
+    made: list[Any] = [make() if rank() == 0 else None]
+    distributed.broadcast_object_list(made)
+    return made[0]
 
 
 def check_agreement(number: int, what: str, device: torch.device) -> None:

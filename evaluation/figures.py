@@ -72,7 +72,7 @@ def expert_ticks(ax: Axes, ratios: Sequence[float]) -> list[int]:
 CURVES = {
     "resource": "resource loss (Fig. 8a)",
     "contrastive": "contrastive loss (Fig. 8b)",
-    "macs_ratio": "mean MACs ratio of a batch",
+    "cost_ratio": "mean share of the dense cost in a batch",
     "denoising": "denoising loss",
     "distillation": "distillation loss",
     "perplexity": "assignment perplexity",

@@ -34,7 +34,7 @@ from evaluation.analysis import (
 )
 from evaluation.generated import Example
 from evaluation.grids import save_figure
-from evaluation.tables import SCORES
+from evaluation.tables import SCORES, latency_error, latency_line
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -53,7 +53,7 @@ class Inputs:
     """The validation prompts."""
     ratios: Sequence[float]
     """MACs ratio of each expert, (N,)."""
-    macs_dense: int
+    macs_dense: float
     """MACs of one forward of the teacher's U-Net."""
     blocks: Sequence[str]
     """Names of the U-Net's blocks in the order of computation."""
@@ -133,6 +133,27 @@ def blocks_table(inputs: Inputs) -> Table:
         [
             {"block": figures.block_label(block)} | {f"expert {i}": f"{row[i]:.2f}" for i in order}
             for block, row in zip(inputs.blocks, inputs.kept, strict=True)
+        ]
+    )
+
+
+def latency_table(summary: Mapping[str, Any]) -> Table:
+    """How long each expert takes, where the budget is one of time."""
+
+    def milliseconds(value: float | None) -> str | None:
+        return None if value is None else f"{value * 1e3:.4g}"
+
+    return table(
+        [
+            {
+                "expert": expert["id"],
+                "MACs ratio": expert["macs_ratio"],
+                "latency ratio": expert["latency_ratio"],
+                "predicted, ms": milliseconds(expert["latency_predicted"]),
+                "measured, ms": milliseconds(expert["latency_measured"]),
+                "error": latency_error(expert),
+            }
+            for expert in summary["experts"]
         ]
     )
 
@@ -285,6 +306,8 @@ def write_report(run: Path, inputs: Inputs) -> Path:
         words=table(words_table(train, validation, inputs.ratios)),
         groups=groups_table(train, inputs.ratios),
         blocks=blocks_table(inputs),
+        latency=latency_table(inputs.summary) if "latency" in inputs.summary else None,
+        latency_line=latency_line(inputs.summary) if "latency" in inputs.summary else "",
     )
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page + "\n", encoding="utf-8")

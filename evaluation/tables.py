@@ -138,17 +138,46 @@ def write_tables(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
 
 def print_experts(summary: dict[str, Any]) -> None:
     """The experts of a run, one a line."""
+    timed = "latency" in summary
     print(
-        f"{'expert':>6}  {'MACs ratio':>10}  {'parameters':>10}  {'prompts':>7}  most frequent "
-        f"words"
+        f"{'expert':>6}  {'MACs ratio':>10}  {'latency ratio  (error)  ' * timed}"
+        f"{'parameters':>10}  {'prompts':>7}  most frequent words"
     )
     for expert in summary["experts"]:
-        cost = f"{expert['macs_ratio']:>10.3f}  {expert['params'] / 1e6:>8.2f} M"
+        time = f"{latency_text(expert):>22}  " if timed else ""
+        cost = f"{expert['macs_ratio']:>10.3f}  {time}{expert['params'] / 1e6:>8.2f} M"
         words = ", ".join(expert["words"])
         print(f"{expert['id']:>6}  {cost}  {expert['usage_train']:>7.1%}  {words}")
     used = sum(share > 0 for share in summary["usage_validation"])
     print(
         f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
-        f"{summary['budget']:g}); "
+        f"{summary['budget']:g}{' of the latency' * timed}); "
         f"{used} of {summary['num_experts']} experts get validation prompts"
+    )
+    if timed:
+        print(latency_line(summary))
+
+
+def latency_text(expert: dict[str, Any]) -> str:
+    """An expert's latency ratio, and the error of its prediction."""
+    return f"{expert['latency_ratio']:.3f} ({latency_error(expert)})"
+
+
+def latency_error(expert: dict[str, Any]) -> str:
+    """By how much the prediction of an expert's latency is off."""
+    measured = expert["latency_measured"]
+    return f"{expert['latency_predicted'] / measured - 1:+.1%}" if measured else "not measured"
+
+
+def latency_line(summary: dict[str, Any]) -> str:
+    """What a run's latency ratio is, and of what."""
+    of = summary["latency"]
+    how = (
+        "measured" if summary["experts"][0]["latency_measured"] else "predicted, not measured here"
+    )
+    return (
+        f"mean latency ratio over training prompts {summary['latency_ratio_mean']:.4f} (budget "
+        f"{summary['budget']:g}, {how}), of {of['dense'] * 1e3:.3g} ms a forward on "
+        f"{of['device']}, {of['precision']}, batch {of['batch']}, {of['pixels']} px, "
+        f"{of['runtime']}"
     )

@@ -26,6 +26,12 @@ CLIP_TOKENS = 77  # of every Stable Diffusion's
 RANDOM = "-random"
 TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random", "sdxl-random")  # no files
 
+HUB_SHAPES = {
+    "stable-diffusion-2-1": "sd21",
+    "stable-diffusion-2-1-base": "sd21-base",
+    "stable-diffusion-xl-base-1.0": "sdxl",
+}
+
 CONDITIONS: dict[str, tuple[str, ...]] = {  # what a U-Net may ask for beside text states
     "addition_embed_type": ("text_time",),
     "class_embed_type": (),
@@ -95,3 +101,9 @@ def load_shape(name: str) -> UNet2DConditionModel:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not the configuration of a U-Net ({reason})") from None
+
+
+def shape_of(teacher: str) -> UNet2DConditionModel:
+    """A teacher's U-Net without weights. Raises `UserError` where its shape is not known here."""
+    name = teacher.removesuffix(RANDOM)
+    return load_shape(HUB_SHAPES.get(name.rsplit("/", 1)[-1], name))

@@ -160,6 +160,8 @@ def setup_of(
             tiny_teacher(unet),
             macs.space,
             macs,
+            cost=macs,
+            table=None,
             data=absent,
             validation=absent,
             encoder=absent,

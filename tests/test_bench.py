@@ -249,7 +249,10 @@ def test_the_suite_ends_with_the_table_and_its_targets(small, write_run, tmp_pat
     with (tmp_path / "out" / "experts.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["expert"] for row in rows] == ["dense", "0", "1"]
-    assert [int(row["macs"]) for row in rows] == [macs.dense, *macs(codes).round().int().tolist()]
+    assert [int(row["macs"]) for row in rows] == [
+        round(macs.dense),
+        *macs(codes).round().int().tolist(),
+    ]
     assert [int(row["params"]) for row in rows[:2]] == [costs.count_parameters(small), params]
     for row, code in zip(rows, [torch.ones(macs.space.size), *codes], strict=True):
         assert row["macs_paper"] == str(costs.fixed_costs(small, code, macs, LATENT)["macs_paper"])
@@ -264,7 +267,6 @@ def test_the_suite_ends_with_the_table_and_its_targets(small, write_run, tmp_pat
     lines = [line for line in finished.stdout.splitlines() if line.strip()]
     assert "2 passed" not in lines[-1] and "3 passed" in lines[-1]
     assert lines[-2].startswith("sinkhorn / POT") and "target 1 at most" in lines[-2]
-    assert lines[-3].startswith("latency ratio less MACs ratio, median of 2 experts, cpu")
     head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["expert", "parameters"])
     cells = [line.split() for line in lines[head + 1 : head + 4]]
     assert [line[0] for line in cells] == ["dense", "0", "1"]

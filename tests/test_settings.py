@@ -235,7 +235,8 @@ def test_as_printed_turns_every_departure_off():
             f.name for f in fields(Pruning) if getattr(usual, f.name) != getattr(printed, f.name)
         }
         switches = set(settings.group(Pruning, "hold_budget")) - {"open_logit"}
-        assert changed - {"warmup_steps", "joint_steps", "lr", "lr_warmup"} == switches
+        assert printed.depth == "paper"
+        assert changed - {"warmup_steps", "joint_steps", "lr", "lr_warmup", "depth"} == switches
     on = {f.name for f in fields(Pruning) if getattr(printed, f.name) is True}
     assert on == {"transport", "distill"}  # the paper's
 
@@ -272,9 +273,10 @@ def test_presets_are_table_values_that_arguments_overrule():
 
 
 def test_a_target_alone_brings_its_defaults():
-    assert settings.read_with_preset(Pruning, ["--target", "coco"], None) == PAPER
+    usual = replace(PAPER, depth="all")  # the paper's depth is for its presets
+    assert settings.read_with_preset(Pruning, ["--target", "coco"], None) == usual
     own = settings.read_with_preset(Pruning, ["--target=my_pictures", "--lr", "0.02"], None)
-    assert own == replace(PAPER, target="my_pictures", lr=0.02)
+    assert own == replace(usual, target="my_pictures", lr=0.02)
     assert settings.read_with_preset(Pruning, [], None) == EMOJI
 
 

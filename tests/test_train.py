@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import train
 from common.files import load_tensors
 from common.randomness import step_generator
-from macs import MacsModel, measure_macs
+from macs import CostModel, measure_macs
 from prune_unet import attach_gates, find_units
 from router import PromptRouter
 from settings import Pruning
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
     unet: UNet2DConditionModel
     router: PromptRouter
-    macs: MacsModel
+    macs: CostModel
     noised: Noised
     z: Tensor  # (B, DZ)
 
@@ -223,7 +223,7 @@ def check_step(batch: Batch, *, warmup: bool, **options: Any) -> None:
     assert terms["lambda_res"].item() == pytest.approx(wanted.lambda_res, rel=1e-3, abs=1e-6)
     if cfg.hold_budget:
         assert wanted.log_T.item() == pytest.approx(0, abs=1e-5)
-        assert terms["macs_ratio"].item() == pytest.approx(cfg.budget, rel=1e-5)
+        assert terms["cost_ratio"].item() == pytest.approx(cfg.budget, rel=1e-5)
         assert terms["resource"].item() < 1e-5
     else:
         assert wanted.log_T.abs() > 0.01
@@ -407,7 +407,7 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
     )
     for name in ("step", *train.TERMS):  # the resource loss is what rounding leaves of it
         assert np.allclose(one[name], two[name], rtol=1e-4, atol=1e-6), name
-    assert np.allclose(two["macs_ratio"], cfg.budget, rtol=1e-4)
+    assert np.allclose(two["cost_ratio"], cfg.budget, rtol=1e-4)
     for name in ("assignments.json", "codes.safetensors"):
         assert (cfg.out / name).read_bytes() == (out / name).read_bytes(), name
     routers = [load_tensors(folder / "router.safetensors")[0] for folder in (cfg.out, out)]
