@@ -68,8 +68,9 @@ class Routed:
         count = len(options["prompt_embeds"] if prompts is None else prompts)
         experts = self.route(prompts or []) if experts is None else experts
         experts = [experts] * count if isinstance(experts, int) else list(experts)
-        if len(experts) != count or not set(experts) <= {*range(N := len(self.unet.experts))}:
-            raise ValueError(f"experts {experts} must be {count} numbers from 0 to {N - 1}")
+        last = len(self.unet.experts) - 1
+        if len(experts) != count or not all(0 <= i <= last for i in experts):
+            raise ValueError(f"experts {experts} must be {count} numbers from 0 to {last}")
         rows = [i for i in experts for _ in range(num_images_per_prompt)]
         self.unet.rows = rows
         own = self.config

@@ -1,6 +1,7 @@
-"""Runs without training: random codes, keys and weights, in the files that a real run leaves."""
+"""Runs without training: random codes and weights, in the files that a real run leaves."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from small_pipelines import write_pipeline
@@ -9,8 +10,12 @@ from common.files import save_tensors, write_json
 from gates import binarize
 from macs import measure_macs
 from prune_unet import cut_expert, find_units, save_expert
-from router import PromptRouter
+from router import PromptEncoder, PromptRouter
 from run import expert_path
+from sample import APTPPipeline
+from sharing.pipeline import RoutedPipeline, RoutedXLPipeline
+from sharing.prompt_router import PromptRouter as PublishedRouter
+from sharing.publish import published_unet, write_router
 from teacher.model import load_teacher
 
 EXPERTS = 3
@@ -27,7 +32,9 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
     router = PromptRouter(PROMPT_DIM, space.size, EXPERTS)
     for tensor in router.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=draw))
-    router.mean_z.mul_(0.01)  # embeddings have length 1: a longer mean would decide alone
+    z = PromptEncoder("minilm")(PROMPTS)
+    router.mean_z.copy_(z.mean(0))
+    router.start_codes(z)  # so that no expert is without prompts
     name = {"prompt_encoder": "minilm"}
     save_tensors(folder / "router.safetensors", router.state_dict(), router.settings() | name)
     save_tensors(folder / "codes.safetensors", {"codes": codes.byte()}, {"depth": depth})
@@ -72,3 +79,15 @@ def tiny_run(place: Path, layout: str, depth: str) -> Path:
     if not teacher.exists():
         write_pipeline(teacher, layout)
     return write_run(place / f"run-{layout}-{depth}", str(teacher), depth)
+
+
+def routed_pipeline(run: Path, place: Path) -> Any:
+    """The published pipeline of a run, made here and now; `place` is a new folder."""
+    pipeline = APTPPipeline.from_pretrained(run, "cpu")
+    write_router(pipeline, place, by_name=False)
+    components = {k: v for k, v in pipeline.teacher.pipe.components.items() if k != "unet"}
+    of_class = RoutedXLPipeline if pipeline.teacher.reads_sizes else RoutedPipeline
+    router = PublishedRouter.from_pretrained(place)
+    pipe = of_class(**components, unet=published_unet(pipeline), router=router)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

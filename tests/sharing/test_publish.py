@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -120,17 +118,20 @@ def test_an_encoder_can_stay_on_the_hub(place, tmp_path, monkeypatch):
     assert not (out / "router" / "encoder").exists()
 
 
-def test_a_kill_leaves_nothing_half_written(place, tmp_path):
-    """Killed as soon as anything is written; the next call removes what is left."""
-    line = [sys.executable, "-m", "sharing.publish", "--run", place / "run-pocket"]
+def test_a_kill_leaves_nothing_half_written(place, tmp_path, monkeypatch):
+    """A killed process does not clean up; the next one does."""
     out = tmp_path / "out"
-    process = subprocess.Popen([*map(str, line), "--out", str(out)], cwd=ROOT)
-    while not list(tmp_path.glob(".out.*/out/*")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def killed(*_):
+        assert not out.exists() and list(tmp_path.glob(".out.*/out/unet/*"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publish, "model_card", killed)
+        patch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
+        publish.publish(Config(run=place / "run-sd1-paper", out=out))
     assert not out.exists() and list(tmp_path.iterdir())
-    publish.publish(Config(run=place / "run-pocket", out=out))
+    publish.publish(Config(run=place / "run-sd1-paper", out=out))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
