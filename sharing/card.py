@@ -44,7 +44,8 @@ The method: [Not All Prompts Are Made Equal](https://arxiv.org/abs/2406.12042), 
 ## Limits
 
 It knows no more than its teacher, and does best on prompts like those of `{target}`. There is no
-safety checker. The licences of the teacher and of the data hold for this model too.
+safety checker. The licences of the teacher and of the data hold for this model too; the Python
+files are under the MIT licence.
 """
 MIXTURE = """result = pipe(["a giraffe", "a slice of pizza"])
 result.images[0].save("giraffe.png")  # result.experts: which expert made each image
