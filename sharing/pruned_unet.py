@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as WEIGHT_RULES
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -162,6 +163,10 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
             raise ValueError("give a LoRA's state dict, or load it with pipe.load_lora_weights")
         if sliced := self.slice_lora(pretrained_model_name_or_path_or_dict, prefix):
             super().load_lora_adapter(sliced, prefix=prefix, **options)
+
+
+# older versions of diffusers know by a class's name alone that an adapter's weight is a number
+WEIGHT_RULES.setdefault(PrunedUNet2DConditionModel.__name__, lambda _, weights: weights)
 
 
 def of_each(method: str) -> Callable[..., None]:

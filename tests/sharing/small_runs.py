@@ -61,6 +61,7 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
         "target": "emoji",
         "teacher": teacher_name,
         "resolution": teacher.resolution,
+        "macs_resolution": teacher.resolution,
         "budget": 0.7,
         "num_experts": EXPERTS,
         "macs_dense": macs.dense,

@@ -112,7 +112,7 @@ def test_adapters_are_loaded_weighed_fused_and_unloaded(pipe, tmp_path):
     resnet = make_adapter(pipe.dense, KINDS["resnet"], seed=1)
     save_file(attention, tmp_path / "attention.safetensors")
     before = images(pipe)
-    pipe.load_lora_weights(tmp_path / "attention.safetensors", adapter_name="a")
+    pipe.load_lora_weights(tmp_path, weight_name="attention.safetensors", adapter_name="a")
     pipe.load_lora_weights(resnet, adapter_name="b")
     assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
     pipe.set_adapters("a")
@@ -164,7 +164,7 @@ def test_an_adapter_that_diffusers_saved_with_its_settings(pipe, tmp_path):
     options = {"unet_lora_adapter_metadata": dense.peft_config["default"].to_dict()}
     type(pipe).save_lora_weights(tmp_path, unet_lora_layers=layers_of, **options)
     before = images(pipe)
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     pipe.fuse_lora()
     for expert in pipe.unet.experts:
         for name, module in expert.named_modules():
