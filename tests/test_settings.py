@@ -290,4 +290,5 @@ def test_a_run_is_named_after_its_target_and_budget(tmp_path, monkeypatch):
 
 def test_groups_are_runs_of_fields():
     assert settings.MACHINE[0] == "device" and settings.MACHINE[-1] == "tflops"
-    assert settings.TUNED_BY[0] == "steps" and settings.TUNED_BY[-1] == "seed"
+    assert settings.TUNED_BY[0] == "refit" and settings.TUNED_BY[-1] == "seed"
+    assert {"steps", "ridge", "caption_dropout"} <= set(settings.TUNED_BY)
