@@ -73,10 +73,8 @@ def system_error(error: OSError) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and load reports out of the scripts' output."""
-    import transformers.utils.logging
-    from diffusers.utils import logging
-
-    for library in (transformers.utils.logging, logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    """Keep the progress bars and load reports of libraries that are loaded out of the output."""
+    for name in ("transformers.utils.logging", "diffusers.utils.logging"):
+        if (logging := sys.modules.get(name)) is not None:  # to load them takes seconds
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()

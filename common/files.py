@@ -152,8 +152,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_json(path: Path) -> Any:
-    """Raises `UserError` where the file is missing or is not JSON."""
+def read_json(path: Path, mend: str = "delete it and run the command that makes it") -> Any:
+    """Raises `UserError` where the file is missing or is not JSON.
+
+    Args:
+        mend: what helps where it is not; another thing for files that no command here makes.
+    """
     if not path.exists():
         raise UserError(
             f"{path} is missing: the folder is incomplete; run the command that makes it again"
@@ -161,9 +165,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); delete it and run its command again"
-        ) from None
+        raise UserError(f"{path} is not valid JSON ({error}); {mend}") from None
 
 
 def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any], kind: str = "xxh3") -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,7 +57,7 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
         UserError: there is no such folder, and no such model on this machine or the hub
             (`NotCached` where the hub was not asked).
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -84,7 +85,7 @@ def model_folder(name: str, option: str, files: Iterable[str], otherwise: str) -
 
 def lasting_name(name: str) -> str:
     """A model's name as a run keeps it: a folder's holds in any working directory."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     return str(folder.resolve()) if folder.is_dir() else name
 
 
@@ -98,7 +99,10 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def refuse_pickles(folder: Path, option: str) -> None:
-    """Raises `UserError` where weights below `folder` come as pickles and not as safetensors."""
+    """Raises `UserError` where weights below `folder` come as pickles and not as safetensors.
+
+    A pickle beside safetensors is no danger: those are asked for, and it is not opened.
+    """
     for path in model_files(folder):
         if path.suffix in PICKLES and not list(path.parent.glob("*.safetensors")):
             raise UserError(
@@ -150,7 +154,8 @@ def encoder_folder(name: str) -> Path:
     refuse_pickles(folder, option)
     modules = folder / "modules.json"
     try:
-        kinds = [str(module["type"]) for module in read_json(modules)] if modules.exists() else []
+        listed = read_json(modules, f"fetch {name} again") if modules.exists() else []
+        kinds = [str(module["type"]) for module in listed]
     except (KeyError, TypeError):
         raise UserError(f"{modules} is no list of modules; fetch {name} again") from None
     for kind in kinds:

@@ -35,6 +35,7 @@ from teacher.shapes import TEACHERS, check_unet, text_widths
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 OPTION = "--teacher"
+FETCH = f"fetch it again, for instance with `hf download {STABLE_DIFFUSION} --local-dir D`"
 SUPPORTED = "Stable Diffusion 1.x, 2.x and SDXL's base model are supported"
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {  # pipeline -> its parts -> what they may be
@@ -233,15 +234,14 @@ def read_config(folder: Path, file: str) -> dict[str, Any]:
     """A JSON object. Raises `UserError` where the file is missing or holds something else."""
     if not (folder / file).is_file():
         raise damaged(folder / file, "is missing")
-    value = read_json(folder / file)
+    value = read_json(folder / file, FETCH)
     if not isinstance(value, dict):
         raise damaged(folder / file, "is no JSON object")
     return value
 
 
 def damaged(place: Path, what: str) -> UserError:
-    fetch = f"`hf download {STABLE_DIFFUSION} --local-dir D`"
-    return UserError(f"{OPTION}: {place} {what}; fetch it again, for instance with {fetch}")
+    return UserError(f"{OPTION}: {place} {what}; {FETCH}")
 
 
 def unsupported(folder: Path, why: str) -> UserError:

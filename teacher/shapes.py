@@ -91,7 +91,7 @@ def load_shape(name: str) -> UNet2DConditionModel:
             f"--unet {name} is unknown; choose {', '.join(known)}, "
             "or a folder that holds config.json or unet/config.json"
         )
-    config = read_json(path)
+    config = read_json(path, "give another configuration, or fetch it again")
     if not isinstance(config, dict) or "block_out_channels" not in config:
         raise UserError(f"{path} is not the configuration of a diffusers UNet2DConditionModel")
     check_unet(config, str(path))

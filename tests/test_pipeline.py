@@ -346,6 +346,19 @@ def test_an_incomplete_or_foreign_run_is_refused(run, refused, tmp_path):
     refused(finetune, ["--run", str(folder)], "summary.json", "teacher")
 
 
+def test_a_teacher_that_was_moved_is_found_where_it_is_said_to_be(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    copy_run(run, folder)
+    summary = read_json(run / "summary.json")
+    write_json(folder / "summary.json", summary | {"teacher": str(tmp_path / "gone")})
+    load_teacher("pocket").pipe.save_pretrained(tmp_path / "here")
+    now = {"run": folder, "teacher": str(tmp_path / "here"), "device": "cpu"}
+    finetune.finetune(Finetuning(expert=1, steps=1, batch_size=2, precision="bf16", **now))
+    made = sample.sample(sample.Config(prompts=("a giraffe",), expert=1, steps=2, **now))
+    assert made.images[0].size == (64, 64)
+
+
 def test_experts_of_another_run_are_refused(run, refused, tmp_path):
     """Copied to a run of other codes, which has a like number of them."""
     folder = tmp_path / "run"

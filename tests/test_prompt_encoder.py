@@ -45,6 +45,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def test_a_home_that_nobody_has_is_one_line():
+    with pytest.raises(UserError, match=r"~no-such-user/encoder is unknown.*minilm"):
+        PromptEncoder("~no-such-user/encoder")
+
+
 def test_near_means_alike(encoder):
     z = encoder(PROMPTS)
     assert z.shape == (4, 384) and z.dtype == torch.float32

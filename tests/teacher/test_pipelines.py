@@ -316,7 +316,10 @@ def lose_a_weight(part, file):
 
 FAULTS = {
     "no index": (remove("model_index.json"), "model_index.json.*hf download"),
-    "index no JSON": (write("model_index.json", "{"), "model_index.json"),
+    "index no JSON": (
+        write("model_index.json", "{"),
+        "model_index.json is not valid JSON .*; fetch it again.*hf download",
+    ),
     "index a list": (write("model_index.json", "[]"), "model_index.json"),
     "another pipeline": (
         edit("model_index.json", _class_name="StableDiffusion3Pipeline"),
