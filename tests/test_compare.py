@@ -71,10 +71,10 @@ def snapshot(folder: Path) -> dict[Path, int]:
         ("aptp:eps-1e-3", {"eps": 0.001}),
         ("aptp:transport", {"distill": False}),
         ("aptp:contrastive", {"transport": False, "distill": False}),
-        ("aptp:depth-all+no-importance-start", {"depth": "all", "importance_start": False}),
+        ("aptp:depth-paper+no-importance-start", {"depth": "paper", "importance_start": False}),
         ("aptp:random-clusters", {}),
         ("uni-arch:depth-none", {"num_experts": 1, "depth": "none"}),
-        ("bksdm", {"num_experts": 1, "depth": "all"}),
+        ("bksdm", {"num_experts": 1}),
         ("routed-sp", {}),
     ],
 )

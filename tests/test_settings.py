@@ -13,6 +13,7 @@ import pytest
 import compare
 import evaluate
 import finetune
+import latency
 import sample
 import settings
 import train
@@ -31,6 +32,7 @@ CONFIGS: dict[Any, Any] = {  # a script's module -> its configuration
     evaluate: evaluate.Config,
     compare: compare.Config,
     units: units.Table,
+    latency: latency.Config,
     describe: describe.Config,
 }
 HUGE = 2**70

@@ -540,6 +540,39 @@ def test_perplexity_and_costs_are_said(written):
     assert "(1.234 G MACs a forward)" in words and "0.6900 (budget 0.7)" in words
 
 
+def test_a_budget_of_time_is_told_expert_by_expert(tmp_path):
+    """What was predicted and what was measured, in milliseconds; nothing of it for MACs."""
+    inputs = inputs_of(2, ["a cat", "a dog", "a flag"], ["x", "y", "x"])
+    write_run(tmp_path, 2, 3)
+    page = report.write_report(tmp_path, inputs).read_text(encoding="utf-8")
+    assert "The budget is one of time" not in page
+    times = [(0.55, 0.0115, 0.011), (0.45, 0.009, None)]
+    experts = [
+        {
+            "id": i,
+            "macs_ratio": 0.5,
+            "latency_ratio": ratio,
+            "latency_predicted": predicted,
+            "latency_measured": measured,
+        }
+        for i, (ratio, predicted, measured) in enumerate(times)
+    ]
+    place = {"device": "NVIDIA X", "precision": "fp16", "batch": 2, "pixels": 768}
+    latency = {"dense": 0.02, "runtime": "graph"} | place
+    summary = inputs.summary | {
+        "experts": experts,
+        "latency": latency,
+        "latency_ratio_mean": 0.512,
+    }
+    timed = dataclasses.replace(inputs, summary=summary)
+    page = Page(report.write_report(tmp_path, timed).read_text(encoding="utf-8"))
+    words = " ".join("".join(page.words).split())
+    assert "0.5120 (budget 0.7, measured), of 20 ms a forward on NVIDIA X, fp16, batch 2" in words
+    cells = report.latency_table(summary).cells
+    assert cells[0][2:] == ["0.550", "11.5", "11", "+4.5%"]
+    assert cells[1][3:] == ["9", "\N{EN DASH}", "not measured"]
+
+
 def test_a_table_shows_values_as_people_write_them():
     rows = [{"n": 12345, "x": 0.5, "ok": True}, {"x": 1e-5, "ok": False, "name": "a & b"}]
     table, dash = report.table(rows), "\N{EN DASH}"
