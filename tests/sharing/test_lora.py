@@ -59,6 +59,8 @@ def test_slicing_is_merging_then_cutting(unet, make_inputs, kind, alpha):
     code, inputs = random_code(space, 2), make_inputs(unet, 2)
     assert removed_layers(code, space)
     expert = pruned(unet, code, space)
+    here = {f"unet.{name}" for name, _ in expert.named_modules()}
+    assert {key.partition(".lora_")[0] for key in expert.slice_lora(adapter, "unet")} <= here
     names = {key.partition(".lora_")[0] for key in adapter}
     alphas = {f"{name}.alpha": alpha for name in names} if alpha else None
     expert.load_lora_adapter(adapter, prefix="unet", network_alphas=alphas)
