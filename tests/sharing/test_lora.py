@@ -50,8 +50,7 @@ def merged(unet, adapter, scale=1.0):
     return unet
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "all"])
-@pytest.mark.parametrize("alpha", [None, 5.0])
+@pytest.mark.parametrize(("kind", "alpha"), [*((kind, None) for kind in KINDS), ("all", 5.0)])
 def test_slicing_is_merging_then_cutting(unet, make_inputs, kind, alpha):
     ends = KINDS[kind] if kind in KINDS else sum(KINDS.values(), ())
     adapter = make_adapter(unet, ends)

@@ -19,7 +19,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
 def pipe(request, place):
     run = tiny_run(place, request.param, "all")
     return routed_pipeline(run, place / f"router-{request.param}")

@@ -26,7 +26,7 @@ def pruned(unet, code, space):
     return model.requires_grad_(False)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 1000), depth=st.sampled_from(["paper", "all", "none"]))
 def test_it_cuts_as_the_run_does(unet, make_inputs, seed, depth):
     """Every weight, and what is computed with them: by the gated U-Net too."""
@@ -58,8 +58,7 @@ def test_it_is_saved_and_loaded_as_any_model(unet, make_inputs, tmp_path):
     assert sum(w.numel() for w in load_file(next(tmp_path.glob("*.safetensors"))).values()) < dense
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 2], [1, 1, 1]])
-def test_each_sample_goes_through_its_own_expert(unet, make_inputs, tmp_path, rows):
+def test_each_sample_goes_through_its_own_expert(unet, make_inputs, tmp_path):
     """Of twice as many samples, as classifier-free guidance asks for, after saving and loading."""
     space = find_units(unet, "all")
     codes = [random_code(space, seed) for seed in range(3)]
@@ -69,7 +68,7 @@ def test_each_sample_goes_through_its_own_expert(unet, make_inputs, tmp_path, ro
     mixture = RoutedUNet.from_pretrained(tmp_path)
     for own, expert in zip(mixture.experts, experts, strict=True):
         own.load_state_dict(expert.state_dict())
-    mixture.rows, inputs = rows, make_inputs(unet, 6)
+    mixture.rows, inputs = (rows := [2, 0, 2]), make_inputs(unet, 6)
     with torch.no_grad():
         found = mixture(**inputs).sample
         for i in set(rows):
