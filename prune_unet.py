@@ -472,8 +472,8 @@ def load_expert(
     tensors, header = load_tensors(path)
     if not {"unet", "depth", "code"} <= header.keys():
         raise UserError(f"{path} is not an expert; make one with finetune.py")
-    code = torch.tensor(header["code"])
     try:
+        code = torch.tensor(header["code"])
         with torch.device("meta"):
             expert = UNet2DConditionModel.from_config(header["unet"]).eval()
         space = find_units(expert, header["depth"])

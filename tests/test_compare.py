@@ -224,7 +224,7 @@ def test_what_is_done_is_not_done_again(compared, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"images": 5}, "images: 4, now 5"), ({"lr": 0.5}, "lr: None, now 0.5")]
+    ("options", "words"), [({"images": 5}, "images: 4, now 5"), ({"lr": 0.5}, "lr: 0.1, now 0.5")]
 )
 def test_a_comparison_with_other_settings_is_refused(compared, options, words):
     with pytest.raises(UserError, match=words):

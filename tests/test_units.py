@@ -43,7 +43,7 @@ def test_command_prints_a_table_whose_rows_add_up(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_mistake_ends_in_one_line_and_code_2():
-    command = [sys.executable, "units.py", "--unet", "sd99"]
+    command = [sys.executable, "-m", "bench.units", "--unet", "sd99"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --unet sd99") and result.stderr.count("\n") == 1
