@@ -246,6 +246,23 @@ def test_a_whole_layer_does_not_go_for_a_part_of_its_cost(real):
     assert 0.99 * budget <= real(codes).item() / real.dense <= budget
 
 
+def test_what_has_a_logit_of_minus_infinity_stays_closed(real):
+    """Though all that is left fits into the budget, and no other layer is kept open instead."""
+    logits = random(2, real.space.size, seed=0)
+    gone = [layer.start for layer in real.space.depth_layers][::2]
+    logits[:, gone] = -torch.inf
+    codes = meet_budget(logits, torch.ones(2), real, 1.0)
+    assert (codes[:, gone] == 0).all() and codes.sum() == codes.numel() - 2 * len(gone)
+
+
+def test_other_savings_leave_the_dense_model_as_it_is(real):
+    codes = binarize(random(5, real.space.size, seed=0) - 0.5, real.space)
+    other = real.with_savings(0.3)
+    assert other.dense == pytest.approx(real.dense)
+    saved, less = real.dense - real(codes), other.dense - other(codes)
+    assert torch.allclose(less, 0.3 * saved) and saved.min() > 0.1 * real.dense
+
+
 def test_an_expert_without_prompts_is_pruned_like_the_others(real):
     """It costs nothing, yet what the others cannot have back stays closed in it too."""
     logits = random(1, real.space.size, seed=0).repeat(2, 1)
