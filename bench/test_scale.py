@@ -40,7 +40,7 @@ SHAPES = {  # prunable units, bytes of memory, precision, what is asked of train
         "--no-importance-start",
     ),
 }
-TRAIN = "train.py --target emoji --resolution 256 --limit 16 --device cpu"
+TRAIN = "train.py --target emoji --depth paper --resolution 256 --limit 16 --device cpu"
 SAMPLE = "sample.py giraffe --expert 0 --steps 2 --resolution 256 --device cpu"
 CUT = """
 import sys

@@ -27,8 +27,8 @@ from pygments.lexers import get_lexer_by_name
 from common.errors import UserError, command_line
 from docs.equations import ROOT, TAG, definitions, equations, implementations
 
-METHOD = [*("router", "sinkhorn", "gates", "prune_unet", "macs", "losses", "train", "finetune")]
-METHOD += ["sample", "settings"]
+METHOD = ["sinkhorn", "router", "gates", "prune_unet", "macs", "latency", "importance", "losses"]
+METHOD += ["settings", "train", "refit", "finetune", "run", "sample", "evaluate", "compare"]
 DOCUMENTS = {  # page -> its source; those that exist are shown
     "results": ROOT / "docs/results.md",
     "bench": ROOT / "docs/bench.md",

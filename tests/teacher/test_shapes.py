@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bench.units import describe
+from bench.units import Table, describe
 from common.errors import UserError
+from common.ranges import check
 from macs import measure_macs
 from teacher.shapes import ASSETS, load_shape
 
@@ -99,7 +100,7 @@ def test_mistakes_say_what_is_allowed(tmp_path):
         with pytest.raises(UserError, match=str(resolution)):
             describe("pocket", resolution)
     with pytest.raises(UserError, match="--text-tokens 0"):
-        describe("pocket", text_tokens=0)
+        check(Table(text_tokens=0))
     config = json.loads((ASSETS / "unets" / "sd15.json").read_text())
     del config["sample_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
