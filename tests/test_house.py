@@ -12,7 +12,8 @@ ROOMS: dict[str, set[str]] = {  # room -> the rooms that it may import
     "teacher": {"common", "targets"},
     "evaluation": {"common", "targets", "teacher"},
 }
-METHOD = ("gates", "latency", "losses", "macs", "router", "sinkhorn", "train")  # know no class of U-Net
+# know no class of U-Net
+METHOD = ("gates", "latency", "losses", "macs", "router", "sinkhorn", "train")
 TOP = {path.stem for path in ROOT.glob("*.py")}
 ROOMS["sharing"] = {*ROOMS, *TOP}  # no arrow leads to it
 MODULES = {
