@@ -21,10 +21,10 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(RUN) train.py --budget 0.64 --out runs/emoji-0.64
-	.venv/bin/torchrun --nproc-per-node $(PROCESSES) -- finetune.py --run runs/emoji-0.64 --steps 60
-	$(RUN) sample.py --run runs/emoji-0.64 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.64/samples
-	$(RUN) evaluate.py --run runs/emoji-0.64
+	$(RUN) train.py --budget 0.5 --out runs/emoji-0.5
+	.venv/bin/torchrun --nproc-per-node $(PROCESSES) -- finetune.py --run runs/emoji-0.5 --steps 25
+	$(RUN) sample.py --run runs/emoji-0.5 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.5/samples
+	$(RUN) evaluate.py --run runs/emoji-0.5
 
 test: setup
 	$(RUN) -m pytest -q

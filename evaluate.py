@@ -1,7 +1,7 @@
 """Scores one run: Sec. 4, App. E.3-E.4.
 
     python evaluate.py                         # the newest run: metrics.json, figures, report.html
-    python evaluate.py --run runs/emoji-0.64 --exchanged
+    python evaluate.py --run runs/emoji-0.5 --exchanged
     python evaluate.py --run runs/coco-base --metrics paper
 
 Captions of both splits, one of each real image, go to their experts. Every image has a seed of its

@@ -2,7 +2,7 @@
 
     python finetune.py                       # every expert of the newest run
     python finetune.py --steps 0             # no training: experts are refitted in closed form
-    python finetune.py --run runs/emoji-0.64 --expert 3
+    python finetune.py --run runs/emoji-0.5 --expert 3
     python finetune.py --shared --steps 800  # one set of weights, which all experts are cut out of
     torchrun --nproc-per-node 8 -- finetune.py --run runs/coco-0.78  # shared out among processes
 

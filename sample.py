@@ -7,7 +7,7 @@
 From Python:
 
     from sample import APTPPipeline
-    result = APTPPipeline.from_pretrained("runs/emoji-0.64")(["a giraffe"])
+    result = APTPPipeline.from_pretrained("runs/emoji-0.5")(["a giraffe"])
     result.images[0].save("giraffe.png")
 
 A prompt's image depends on the prompt and its seed, not on the other prompts, up to rounding.

@@ -1,7 +1,7 @@
 """Publishing: a run becomes a folder that diffusers loads.
 
-    python -m sharing.publish --run runs/emoji-0.64 --out my_model
-    python -m sharing.publish --run runs/emoji-0.64 --out my_expert --expert 3
+    python -m sharing.publish --run runs/emoji-0.5 --out my_model
+    python -m sharing.publish --run runs/emoji-0.5 --out my_expert --expert 3
 
 Then, anywhere, without this repository:
 
