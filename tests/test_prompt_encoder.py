@@ -102,7 +102,7 @@ def test_another_encoder_has_its_own_embeddings(cache, small, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert PromptEncoder("other").name == str(other) and PromptEncoder("minilm").name == "minilm"
     first, second, third = (PromptEncoder(str(path)) for path in (small, other, moved))
-    assert first.fingerprint == third.identity != second.identity
+    assert first.fingerprint == third.fingerprint != second.fingerprint
     z = first.embeddings(PROMPTS)
     assert not torch.allclose(second.embeddings(PROMPTS), z, atol=1e-3)
     assert torch.equal(third.embeddings(PROMPTS), z)

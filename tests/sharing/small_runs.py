@@ -40,10 +40,13 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
     save_tensors(folder / "codes.safetensors", {"codes": codes.byte()}, {"depth": depth})
     sizes = {"latent_size": teacher.latent_size, "text_tokens": teacher.text_tokens}
     macs = measure_macs(teacher.unet, space, **sizes)
-    tuned = cut_expert(teacher.unet, codes[1], space)
-    for weight in tuned.parameters():
-        weight.data.add_(0.02 * torch.randn(weight.shape, generator=draw))
-    save_expert(expert_path(folder, 1), tuned, codes[1], space)
+    for i in (1, 2):  # the second is fine-tuned, the third refitted: its file holds some weights
+        own = cut_expert(teacher.unet, codes[i], space)
+        for weight in own.parameters():
+            weight.data.add_(0.02 * torch.randn(weight.shape, generator=draw))
+        parts = ("",) if i == 1 else ("conv2.weight", "to_out.0.weight")
+        tensors = {k: weight for k, weight in own.state_dict().items() if k.endswith(parts)}
+        save_expert(expert_path(folder, i), tensors, teacher.unet.config, codes[i], space)
     write_json(folder / "assignments.json", {"train": [0, 1, 2, 0], "validation": [0]})
     settings = {"target": "emoji", "data_dir": None, "limit": None, "seed": 0, "depth": depth}
     write_json(folder / "config.json", settings | {"cache_latents": True})
