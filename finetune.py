@@ -276,7 +276,8 @@ def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
     if code is not None:
         check_expert(path, header, code)
     refuse_other_settings(path, header["settings"], made_with(cfg))
-    path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)  # of a kill just before
+    for left in ("checkpoint", "refit"):  # where a kill came just before the end
+        path.with_suffix(f".{left}.safetensors").unlink(missing_ok=True)
     return True
 
 

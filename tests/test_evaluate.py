@@ -94,7 +94,7 @@ def test_another_expert_means_other_images(run):
 
     routed, teacher = folder(None), folder(-1)
     assert routed == folder(None) != teacher
-    finetune.finetune(Finetuning(run=run, steps=1, batch_size=4, device="cpu"))
+    finetune.finetune(Finetuning(run=run, refit_images=16, steps=1, batch_size=4, device="cpu"))
     assert folder(None) != routed and folder(-1) == teacher
     for change in ({"seed": 1}, {"steps": 3}, {"guidance": 1.5}):
         assert folder(-1, dataclasses.replace(sampling, **change)) != teacher

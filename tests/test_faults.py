@@ -49,7 +49,14 @@ ARGUMENTS = {
     "device": "cpu",
 }
 RESULTS = ("router.safetensors", "codes.safetensors", "assignments.json", "metrics.csv")
-TUNING = {"expert": "1", "steps": "4", "batch-size": "4", "save-every": "1", "device": "cpu"}
+TUNING = {
+    "expert": "1",
+    "refit-images": "16",
+    "steps": "4",
+    "batch-size": "4",
+    "save-every": "1",
+    "device": "cpu",
+}
 
 
 # ---- faults, each set up in the process that is to have it ----
@@ -105,6 +112,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         files.os, "replace", 0, lambda *_: die()
     ),
     "killed half way through a checkpoint": lambda: on_call(files, "save_file", 1, half_a_file),
+    "killed half way through the next one": lambda: on_call(files, "save_file", 2, half_a_file),
     "killed before the summary": lambda: on_call(files, "save_file", 4, half_a_file),
     "killed before the checkpoint goes": lambda: on_call(Path, "unlink", 0, lambda *_, **__: die()),
     "disk full": lambda: on_call(files, "save_file", 2, no_room),
@@ -404,9 +412,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(forks, undisturbed, script):
     folder, fault = forks.folder / f"damaged-{script}", "killed half way through a checkpoint"
     if script == "train":
         name = "checkpoint.safetensors"
-    else:
+    else:  # whose first file is that of the refitted weights
         shutil.copytree(undisturbed[0], folder)
-        name = "experts/1.checkpoint.safetensors"
+        name, fault = "experts/1.checkpoint.safetensors", "killed half way through the next one"
     assert forks.run(folder, fault, script)[0] == -signal.SIGKILL
     whole = (folder / name).read_bytes()
     for content in damaged(whole).values():

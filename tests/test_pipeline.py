@@ -46,7 +46,9 @@ def run(tmp_path_factory):
     """A run of five training steps and of five fine-tuning steps for expert 1."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     train.train(dataclasses.replace(SMALL, out=folder))
-    finetune.finetune(Finetuning(run=folder, expert=1, steps=5, batch_size=4, device="cpu"))
+    finetune.finetune(
+        Finetuning(run=folder, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu")
+    )
     return folder
 
 
@@ -179,8 +181,8 @@ def test_an_expert_is_tuned_on_its_own_prompts_from_the_teachers_own_weights(
     folder.mkdir()
     copy_run(run, folder)
 
-    def finetune_expert(cfg, run, i, **options):
-        given[i] = options
+    def finetune_expert(task, i):
+        given[i] = {"rows": task.rows_of(i), "code": task.codes[i], **vars(task)}
 
     monkeypatch.setattr(finetune, "finetune_expert", finetune_expert)
     monkeypatch.setattr(finetune, "first_and_last", lambda *_: (1.0, 1.0))
@@ -203,7 +205,9 @@ def test_an_expert_is_tuned_on_its_own_prompts_from_the_teachers_own_weights(
 def test_finished_work_is_not_done_again(run, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     train.train(dataclasses.replace(SMALL, out=run))
-    finetune.finetune(Finetuning(run=run, expert=1, steps=5, batch_size=4, device="cpu"))
+    finetune.finetune(
+        Finetuning(run=run, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu")
+    )
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert "complete" in capsys.readouterr().out
 
@@ -218,7 +222,9 @@ def test_processes_share_out_the_experts(run, tmp_path, monkeypatch):
     for number in (1, 0):
         monkeypatch.setenv("RANK", str(number))
         before = set(folder.glob("experts/*.safetensors"))
-        finetune.finetune(Finetuning(run=folder, steps=5, batch_size=4, device="cpu"))
+        finetune.finetune(
+            Finetuning(run=folder, refit_images=16, steps=5, batch_size=4, device="cpu")
+        )
         made.append({p.name for p in set(folder.glob("experts/*.safetensors")) - before})
     assert made == [{"1.safetensors"}, {"0.safetensors", "2.safetensors"}]
     assert finetune.expert_path(folder, 1).read_bytes() == (
@@ -379,7 +385,9 @@ def test_other_settings_do_not_overwrite_a_run(run):
     with pytest.raises(UserError, match=r"budget: 0\.7, now 0\.6"):
         train.train(dataclasses.replace(SMALL, out=run, budget=0.6))
     with pytest.raises(UserError, match="steps: 5, now 6"):
-        finetune.finetune(Finetuning(run=run, expert=1, steps=6, batch_size=4, device="cpu"))
+        finetune.finetune(
+            Finetuning(run=run, expert=1, refit_images=16, steps=6, batch_size=4, device="cpu")
+        )
     with pytest.raises(UserError, match="expert 9"):
         finetune.finetune(Finetuning(run=run, expert=9, device="cpu"))
     assert (run / "summary.json").read_bytes() == before
@@ -391,7 +399,9 @@ def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     copy_run(run, folder)
-    cfg = Finetuning(run=folder, expert=1, steps=5, batch_size=4, device="cpu", save_every=1)
+    cfg = Finetuning(
+        run=folder, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu", save_every=1
+    )
     step, calls = finetune.finetuning_step, []
 
     def stop_at_three(*arguments):

@@ -105,7 +105,19 @@ def test_prune_finetune_draw_and_score_on_coco(place, here, teacher, pixels):
     short = [f"--{name}={value}" for name, value in SHORT.items()]
     steps = (
         ("train.py", "--target", "coco", "--budget", 0.78, *where, *short, "--out", run),
-        ("finetune.py", "--run", run, "--steps", 1, "--batch-size", 3, "--device", "cpu"),
+        (
+            "finetune.py",
+            "--run",
+            run,
+            "--steps",
+            1,
+            "--batch-size",
+            3,
+            "--refit-images",
+            8,
+            "--device",
+            "cpu",
+        ),
         ("sample.py", "a giraffe", "--run", run, "--steps", 2, "--device", "cpu"),
         ("evaluate.py", "--run", run, "--images", 4, "--steps", 2, "--device", "cpu"),
     )
