@@ -150,6 +150,8 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     if teacher.resolution != pixels:
         splits = load_splits(cfg, teacher.resolution)
     data = splits["train"]
+    if long := teacher.cut_off(data.captions):
+        data.notes[f"cut off at {teacher.text_tokens} tokens"] = long
     if cfg.checkpointing:
         teacher.unet.enable_gradient_checkpointing()
     space = find_units(teacher.unet, cfg.depth)

@@ -85,6 +85,12 @@ class Teacher:
     def text_tokens(self) -> int:
         return int(self.pipe.tokenizer.model_max_length)
 
+    def cut_off(self, captions: Sequence[str]) -> int:
+        """How many captions have more tokens than the text encoder reads."""
+        with TEXTS:
+            read = self.pipe.tokenizer(list(captions), truncation=False, verbose=False)
+        return sum(len(tokens) > self.text_tokens for tokens in read["input_ids"])
+
     @property
     def resolution(self) -> int:
         """Pixels a side."""

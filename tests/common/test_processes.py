@@ -11,6 +11,7 @@ import torch
 
 from common.errors import UserError
 from common.processes import local_rows
+from common.randomness import batch_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESS = """
@@ -82,3 +83,13 @@ def test_every_process_has_rows_and_all_of_them_are_had(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 processes.*3 samples.*start 3 or fewer"):
         local_rows(3)
+
+
+def test_a_data_set_smaller_than_the_number_of_processes_gives_each_its_rows(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    shares = []
+    for rank in range(5):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(batch_rows(3, 6, seed=0, step=4)[local_rows(6)])
+    assert all(len(rows) for rows in shares)
+    assert sorted(torch.cat(shares).tolist()) == [0, 0, 1, 1, 2, 2]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.files import read_json
 from teacher.model import Teacher, check_steps
-from teacher.pipelines import SCHEDULE
+from teacher.pipelines import SCHEDULE, minilm_tokenizer
 from teacher.shapes import ASSETS
 
 
@@ -134,3 +134,10 @@ def test_the_model_card_states_what_is_shipped():
     assert f"**Licence.** {licence}" in card
     assert re.search(rf"^\| pocket teacher .*\| {licence} \|$", notice, re.M)
     assert figures["guidance"] == read_json(folder / "teacher.json")["guidance_scale"]
+
+
+def test_captions_that_the_text_encoder_cuts_off_are_counted():
+    """By tokens, [CLS] and [SEP] among them: 18 words of one token each just fit into 20."""
+    teacher = Teacher("x", SimpleNamespace(tokenizer=minilm_tokenizer(20)), 1.0)
+    fits, long = " ".join(["red"] * 18), " ".join(["red"] * 19)
+    assert teacher.cut_off([fits, long, "a giraffe", long + " bus"]) == 2
