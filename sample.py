@@ -17,6 +17,8 @@ A prompt's image depends on the prompt and its seed, not on the other prompts, u
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -46,7 +48,7 @@ from common.files import (
 )
 from common.options import read_options
 from common.processes import pick_device
-from common.ranges import Count, Number, Pixels, Seed, Weight, check
+from common.ranges import Count, Finite, Number, Pixels, Seed, Weight, check
 from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
@@ -97,6 +99,7 @@ class APTPPipeline:
         self.run, self.teacher, self.ratios = run, teacher, ratios
         self.router, self.encoder = router, encoder
         self.experts: dict[int, UNet2DConditionModel] = {-1: teacher.unet}
+        self.added: list[UNet2DConditionModel] = []  # what LoRAs add to the teacher's weights
 
     @classmethod
     def from_pretrained(
@@ -160,18 +163,58 @@ class APTPPipeline:
         -1 is the teacher.
         """
         if expert not in self.experts:
-            path, teacher, code = (
-                expert_path(self.run, expert),
-                self.teacher.unet,
-                self.codes[expert],
-            )
-            if path.exists():
-                unet, header = load_expert(path, "cpu", teacher)
-                check_expert(path, header, code)
-            else:
-                unet = cut_expert(self.shared or teacher, code, self.space)
-            self.experts[expert] = unet.to(self.teacher.device, self.teacher.dtype)
+            self.experts[expert] = self.made(expert)
         return self.experts[expert]
+
+    def made(self, expert: int) -> UNet2DConditionModel:
+        """As `unet`, made anew, with the LoRAs that were loaded."""
+        teacher, path = self.teacher.unet, expert_path(self.run, expert)
+        if expert < 0:
+            unet = copy.deepcopy(teacher) if self.added else teacher
+        elif path.exists():
+            unet, header = load_expert(path, "cpu", teacher)
+            check_expert(path, header, self.codes[expert])
+        else:
+            unet = cut_expert(self.shared or teacher, self.codes[expert], self.space)
+        unet = unet.to(self.teacher.device, self.teacher.dtype)
+        for lora in self.added:
+            own = lora if expert < 0 else cut_expert(lora, self.codes[expert], self.space)
+            add_weights(unet, own)
+        return unet
+
+    def load_lora_weights(self, file: str | Path, weight: float = 1.0) -> None:
+        """Add a LoRA of the teacher to the teacher and to all experts.
+
+        diffusers merges it into weights of zero; what that gives is cut as the teacher is, and
+        added. A LoRA stays until the pipeline is loaded anew.
+
+        Raises:
+            UserError: the file is no LoRA, or one of another model.
+        """
+        added, pipe = copy.deepcopy(self.teacher.unet), copy.copy(self.teacher.pipe)
+        for parameter in added.parameters():
+            parameter.zero_()
+        pipe.unet, layers = added, {name for name, _ in added.named_modules()}
+        file = Path(file)
+        place = {"weight_name": file.name, "use_safetensors": True}
+        try:
+            state = pipe.lora_state_dict(str(file.parent), unet_config=added.config, **place)[0]
+            found = (key.partition(".lora") for key in state)
+            paths = {path.removeprefix("unet.") for path, lora, _ in found if lora}
+            if not paths:
+                raise ValueError("it holds no lora_A and lora_B")
+            if other := {path for path in paths - layers if not path.startswith("text_encoder")}:
+                raise ValueError(f"its layer {min(other)} is not in this teacher")
+            pipe.load_lora_weights(str(file.parent), **place)
+            pipe.fuse_lora(lora_scale=weight)  # a text encoder's too, which is the teacher's own
+            pipe.unload_lora_weights()
+        except Exception as error:  # the libraries raise all kinds over another model's file
+            why = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"--lora {file} does not fit ({why}); give a LoRA of the teacher, as safetensors"
+            ) from None
+        self.added.append(added)
+        self.experts = {}
 
     def fingerprint(self, expert: int | None) -> list[str]:
         """Checksums of all that an image of a prompt depends on, beside what it is asked with.
@@ -253,6 +296,8 @@ class APTPPipeline:
         guidance_scale: float | None = None,
         batch_size: int = 64,
         on_image: Callable[[int, Image.Image], None] | None = None,
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Sampled:
         """Generate one image for each prompt.
 
@@ -268,23 +313,22 @@ class APTPPipeline:
             batch_size: the largest number of images denoised at once, by all threads together.
             on_image: called with each prompt's number and its image as soon as that is there, in
                 one of the threads.
+            negative: what no image should show.
+            size: height and width in pixels; the teacher's own if absent.
 
         Raises:
             UserError: a prompt is empty or too long, or the expert does not exist.
             ValueError: there are no prompts, or seeds, generators or experts of another number.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("prompts is empty; give a prompt, or a list of them")
-        for prompt in prompts:
-            check_prompt(prompt)
+        prompts = checked_prompts(prompts)
         sources = self.sources(len(prompts), seeds, generator)
         experts = self.experts_of(prompts, expert)
         parts = self.parts(experts, batch_size)
 
         def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
             own = [prompts[row] for row in part[1]], [sources[row] for row in part[1]]
-            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0])
+            how: dict[str, Any] = {"negative": negative, "size": size}
+            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0], **how)
             for row, image in zip(part[1], made, strict=True):
                 if on_image is not None:
                     on_image(row, image)
@@ -310,6 +354,22 @@ def one_each(what: str, given: Any, P: int) -> list[Any]:
     if len(found) != P:
         raise ValueError(f"{len(found)} {what} for {P} prompts; give one for each prompt")
     return found
+
+
+def add_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> None:
+    """Add another U-Net's weights to those of a U-Net of the same shape, in place."""
+    for own, more in zip(unet.parameters(), other.parameters(), strict=True):
+        own.data += more.to(own)
+
+
+def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list. Raises ValueError, or `UserError`; see `check_prompt`."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty; give a prompt, or a list of them")
+    for prompt in prompts:
+        check_prompt(prompt)
+    return prompts
 
 
 def check_prompt(prompt: str) -> None:
@@ -356,6 +416,8 @@ class Config:
     """What to generate."""
     prompts_file: Path | None = None
     """A file of prompts, one on each line."""
+    negative: str | None = None
+    """What no image should show."""
     num_images: Count = 1
     """Images a prompt."""
     seed: Seed = 0
@@ -372,6 +434,10 @@ class Config:
     """Use this expert, whatever the router says."""
     teacher_only: bool = False
     """Use the unpruned model."""
+    lora: tuple[Path, ...] = ()
+    """LoRAs of the teacher."""
+    lora_weights: tuple[Finite, ...] = ()
+    """A weight for each of them; 1 if not given."""
     compare: bool = False
     """Also use the unpruned model and a wrong expert; <out>/comparison.png."""
     steps: Count = 25
@@ -380,10 +446,24 @@ class Config:
     """Classifier-free guidance; the teacher's own (paper: 7.5)."""
     resolution: Pixels | None = None
     """Pixels a side; the teacher's own if not given (paper: 768)."""
+    width: Pixels | None = None
+    """Pixels; as --resolution if not given."""
+    height: Pixels | None = None
+    """Pixels; as --resolution if not given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "fp32"
     """Of all weights."""
+
+
+def size_of(cfg: Config, teacher: Teacher) -> tuple[int, int]:
+    """Height and width. Raises `UserError` where the autoencoder cannot make them."""
+    step = math.lcm(8, int(teacher.pipe.vae_scale_factor))
+    for name, value in (("height", cfg.height), ("width", cfg.width)):
+        if value is not None and value % step:
+            near = max(step, value // step * step)
+            raise UserError(f"--{name} {value} is not a multiple of {step}; give {near}")
+    return cfg.height or teacher.resolution, cfg.width or teacher.resolution
 
 
 def file_stem(prompt: str) -> str:
@@ -417,11 +497,8 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name.upper().casefold())
 
 
-def sample(cfg: Config) -> Sampled:
-    """Generate what `cfg` asks for, write the files, and print a line for each.
-
-    Raises `UserError` for what the user can mend.
-    """
+def asked_for(cfg: Config) -> list[str]:
+    """The prompts. Raises `UserError` for options that cannot be, or do not go together."""
     check(cfg)
     prompts = [*cfg.prompts, *(read_prompts(cfg.prompts_file) if cfg.prompts_file else [])]
     if not prompts:
@@ -430,7 +507,20 @@ def sample(cfg: Config) -> Sampled:
         check_prompt(prompt)
     if cfg.expert is not None and cfg.teacher_only:
         raise UserError("--expert and --teacher-only exclude each other; give one of them")
-    run = cfg.run or newest_run()
+    if cfg.lora_weights and len(cfg.lora_weights) != len(cfg.lora):
+        raise UserError(
+            f"--lora-weights has {len(cfg.lora_weights)} weights for {len(cfg.lora)} files of "
+            f"--lora; give one for each"
+        )
+    return prompts
+
+
+def sample(cfg: Config) -> Sampled:
+    """Generate what `cfg` asks for, write the files, and print a line for each.
+
+    Raises `UserError` for what the user can mend.
+    """
+    prompts, run = asked_for(cfg), cfg.run or newest_run()
     check_writable(out := cfg.out or run / "samples")
     pipeline = APTPPipeline.from_pretrained(
         run,
@@ -440,6 +530,8 @@ def sample(cfg: Config) -> Sampled:
         teacher=cfg.teacher,
         prompt_encoder=cfg.prompt_encoder,
     )
+    for file, weight in zip(cfg.lora, cfg.lora_weights or [1.0] * len(cfg.lora), strict=True):
+        pipeline.load_lora_weights(file, weight)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     paths = [out / name for name in file_names(rows)]
@@ -447,6 +539,8 @@ def sample(cfg: Config) -> Sampled:
         "seeds": seeds,
         "num_inference_steps": cfg.steps,
         "guidance_scale": cfg.guidance,
+        "negative": cfg.negative,
+        "size": size_of(cfg, pipeline.teacher),
     }
     sampled = pipeline(
         names,

@@ -171,6 +171,8 @@ class Teacher:
         steps: int,
         guidance: float | None = None,
         unet: UNet2DConditionModel | None = None,
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
     ) -> list[Image.Image]:
         """One image for each of P prompts, as a batch. Threads may call it at the same time.
 
@@ -179,6 +181,8 @@ class Teacher:
             steps: of denoising.
             guidance: scale of classifier-free guidance; the teacher's own if absent.
             unet: an expert to use instead of the teacher's U-Net.
+            negative: what the images should not show.
+            size: height and width in pixels; the teacher's own if absent.
 
         Raises:
             UserError: its scheduler cannot take this number of steps.
@@ -194,11 +198,13 @@ class Teacher:
                 device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=scale > 1,
+                negative_prompt=negative and [negative] * len(prompts),
             )
+        height, width = size or (self.resolution, self.resolution)
         latents = pipe(
             **dict(zip(ENCODED, encoded, strict=False)),
-            height=self.resolution,
-            width=self.resolution,
+            height=height,
+            width=width,
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=[

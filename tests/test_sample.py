@@ -156,7 +156,7 @@ def test_images_that_are_finished_when_it_is_stopped_are_kept(pipeline, monkeypa
     """The third batch is stopped by Ctrl-C; of the first two, every image is there."""
     generate, made = pipeline.teacher.generate, []
 
-    def stopped(self: Teacher, prompts: list[str], *rest: Any) -> list[Image.Image]:
+    def stopped(self: Teacher, prompts: list[str], *rest: Any, **_: Any) -> list[Image.Image]:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append([prompt.replace(" ", "-") for prompt in prompts])
