@@ -127,7 +127,7 @@ class Method:
 def setting(text: str) -> dict[str, Any]:
     """The setting that a part of a variant names; none where it names none.
 
-    `no-center` -> {"center": False}, `experts-4` -> {"num_experts": 4}, `depth-all`, `as-printed`.
+    `no-center` -> {"center": False}, `experts-4` -> {"num_experts": 4}, `depth-paper`.
     """
     for short, long in SHORT.items():
         text = text.replace(short, long, 1) if text.startswith(short) else text

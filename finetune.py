@@ -306,6 +306,21 @@ def prepare(cfg: Finetuning, run: Path) -> Task:
     )
 
 
+def check_use(cfg: Finetuning, run: Path, num_experts: int) -> None:
+    """Raises `UserError` for what would change nothing, or would not be used by the sampler."""
+    has_shared = shared_path(run).exists()
+    if not cfg.steps and (cfg.shared or has_shared or not cfg.refit):
+        why = f"{run} has shared weights, which are not refitted" if has_shared else "no refit"
+        why = "--shared" if cfg.shared else why
+        raise UserError(f"--steps 0 would change nothing ({why}); choose 1 or more")
+    own = next((i for i in range(num_experts) if expert_path(run, i).exists()), None)
+    if cfg.shared and not has_shared and own is not None:
+        raise UserError(
+            f"{expert_path(run, own)} would be used instead of shared weights; delete the experts "
+            "of this run first, or take another run"
+        )
+
+
 def finetune(cfg: Finetuning) -> None:
     """Fine-tune the experts of a run, or its shared weights, that are not done yet.
 
@@ -320,6 +335,7 @@ def finetune(cfg: Finetuning) -> None:
     if cfg.shared and (world_size() > 1 or cfg.expert is not None):
         raise UserError("--shared trains one set of weights: in one process, without --expert")
     wanted, codes = [cfg.expert] if cfg.expert is not None else list(range(N)), load_codes(run)
+    check_use(cfg, run, N)
     if cfg.shared:
         todo = [] if is_finished(shared_path(run), cfg, None) else [-1]
     else:

@@ -298,3 +298,19 @@ def test_shared_weights_are_trained_once_and_cut_for_each_expert(task_of, smalle
     start = cut_expert(shared, task.codes[0], task.space)
     pairs = list(zip(expert.parameters(), start.parameters(), strict=True))
     assert all((new - old).abs().max() < 0.01 for new, old in pairs)
+
+
+def test_what_would_change_nothing_or_not_be_used_is_refused(tmp_path):
+    """Zero steps of shared weights, of experts cut out of them, or without a refit."""
+    finetune.check_use(Finetuning(steps=0), tmp_path, 2)
+    for options in ({"shared": True}, {"refit": False}):
+        with pytest.raises(UserError, match="--steps 0 would change nothing"):
+            finetune.check_use(Finetuning(steps=0, **options), tmp_path, 2)
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "1.safetensors").touch()
+    with pytest.raises(UserError, match=r"experts/1\.safetensors would be used instead"):
+        finetune.check_use(Finetuning(shared=True), tmp_path, 2)
+    (tmp_path / "experts" / "shared.safetensors").touch()
+    finetune.check_use(Finetuning(shared=True), tmp_path, 2)  # it was there before the experts
+    with pytest.raises(UserError, match="has shared weights"):
+        finetune.check_use(Finetuning(steps=0), tmp_path, 2)
