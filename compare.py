@@ -1,8 +1,9 @@
 """Compares methods, seeds, fine-tuning protocols and ablations: Tables 1, 3 and 5, Fig. 5.
 
     python compare.py --methods aptp,norm,sp,bksdm,random,uni-arch,dense --budget 0.5 --seeds 3
+    python compare.py --methods aptp,uni-arch --tuning cut,refit,refit+25,100,shared+800
     python compare.py --methods aptp,aptp:no-center,aptp:experts-16+depth-all --budget 0.5 \\
-        --finetune-steps 0 --distances-only    # ablations: what codes are worth as they were cut
+        --tuning cut --distances-only          # ablations: what codes are worth as they were cut
     python compare.py --methods uni-arch,aptp:contrastive,aptp:transport,aptp   # Table 3
 
 A method may carry a variant after a colon: settings of train.py, written as there but without the
@@ -10,16 +11,30 @@ leading dashes (`aptp:no-center`, `aptp:predictor-rate-1`), with `+` between sev
 `NAMED`.
 `random-clusters` gives each prompt a random expert, `by-group` one for each group of the data set.
 
-Each method, seed and number of fine-tuning steps is a cell: an ordinary run folder, and a line of
-`cells.jsonl` with all scores, those of single captions too. A killed command goes on where it was;
-several may fill one folder. The tables are written anew after each cell.
+`--tuning` says what is done to the experts after they were cut, one or more of:
+
+- `cut`: nothing; `refit`: what reads pruned features is solved anew (`refit.py`);
+- `100`: fine-tuned, 100 steps each of APTP's experts; `refit+100`: refitted first;
+- `shared+800`: one set of weights for all experts, trained for 800 steps.
+
+By the protocol `all`, other methods get as many steps and refitting images in all as APTP's experts
+have together.
+
+Each method, seed and tuning is a cell: an ordinary run folder, and a line of `cells.jsonl` with all
+scores, those of single captions too, and the processor's seconds that it took to make. A killed
+command goes on where it was; several may fill one folder. The tables are written anew after each
+cell.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -35,7 +50,7 @@ from common.checkpoint import refuse_other_settings
 from common.errors import UserError, command_line
 from common.files import read_json, replacing, write_json
 from common.randomness import step_generator
-from common.ranges import Choice, Count, Number, check
+from common.ranges import Choice, Count, check
 from evaluate import Scoring, distances_of
 from evaluation.analysis import perplexity, read_log, shares
 from evaluation.scores import as_row
@@ -45,7 +60,6 @@ from run import (
     Setup,
     as_json,
     check_resumable,
-    load_codes,
     load_split,
     prepare,
     read_run,
@@ -63,6 +77,9 @@ NAMED: dict[str, str] = {  # variants by another name: rows 2 and 3 of Table 3
 }
 CLUSTERS = ("random-clusters", "by-group")  # controls of aptp: the experts are given, not learned
 SHORT = {"experts-": "num-experts-"}
+CELL, SPENT = "cell.json", "spent.json"
+TUNINGS = "cut, refit, refit-IMAGES, a number of steps, refit+STEPS, shared+STEPS; commas between"
+IMAGES = Finetuning().refit_images  # that `refit` alone stands for
 PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
 OF_ALL = (  # settings that all methods of a comparison share, so no variant changes them
     *(
@@ -78,7 +95,7 @@ OF_ALL = (  # settings that all methods of a comparison share, so no variant cha
     ),
     *("precision", *MACHINE),
 )
-MAY_DIFFER = (*MACHINE, "methods", "seeds", "seed", "protocol", "finetune_steps", "distances_only")
+MAY_DIFFER = (*MACHINE, "methods", "seeds", "seed", "protocol", "tuning", "distances_only")
 
 
 @dataclass(frozen=True)
@@ -95,8 +112,8 @@ class Config(Scoring, Pruning):
     """Names with commas between; variants such as aptp:no-center."""
     seeds: Count = 1
     """Runs of each method, seeds --seed, --seed + 1, ..."""
-    finetune_steps: Number | None = None
-    """Steps of each of APTP's experts; 0: as cut; by target."""
+    tuning: str | None = None
+    """Names with commas between; refit and the target's steps."""
     protocol: Annotated[str, Choice(*PROTOCOLS)] = "all"
     """Equal steps for each expert (paper), or equal steps in all."""
     distances_only: bool = False
@@ -167,12 +184,12 @@ def parse_method(name: str) -> Method:
     return Method(name, base, changes)
 
 
-def parse_methods(text: str) -> list[Method]:
-    """Methods with commas between. Raises `UserError` for one that does not exist."""
-    names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip())
+def names_in(option: str, text: str) -> list[str]:
+    """Names with commas between. Raises `UserError` where there is none."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise UserError(f"--methods names none; choose among: {', '.join(METHODS)}")
-    return [parse_method(name) for name in names]
+        raise UserError(f"--{option} {text!r} names none; write some with commas between")
+    return names
 
 
 # ---- pruning ----
@@ -217,7 +234,9 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
     assert cfg.out
     run, settings = cfg.out, as_json(cfg) | {"method": method.name}
     check_resumable(run, settings)
-    if not (run / "summary.json").exists():
+    if (run / "summary.json").exists():
+        return read_run(run, "summary.json")[0]["num_experts"]
+    with processor_seconds(run, "pruning"):
         setup = prepared(cfg, last, scored)
         start_folder(setup, settings)
         given, codes, seconds, routing = None, None, dict[str, float](), dict[str, float]()
@@ -241,28 +260,85 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
     return read_run(run, "summary.json")[0]["num_experts"]
 
 
-def finetuned(run: Path, steps: int, cfg: Finetuning) -> Path:
-    """A copy of a pruned run whose experts are fine-tuned for `steps` steps; itself with none."""
-    if not steps:
+@dataclass(frozen=True)
+class Tuning:
+    """What is done to experts after they were cut."""
+
+    images: int = 0  # that an expert is refitted on; 0: it is not
+    shared: bool = False
+    steps: int = 0  # of each expert, or of the shared weights
+
+    def __str__(self) -> str:
+        """As in `--tuning`: cut, refit, refit-4096, 100, refit+100, shared+800."""
+        kind = "shared" if self.shared else "refit" if self.images else ""
+        if self.images not in (0, IMAGES):
+            kind += f"-{self.images}"
+        return "+".join(filter(None, (kind, str(self.steps or "")))) or "cut"
+
+    def steps_in_all(self, num_experts: int) -> int:
+        return self.steps * (1 if self.shared else num_experts)
+
+    def of_method(self, num_experts: int, of_aptp: int, protocol: str) -> Tuning:
+        """The same for a method with another number of experts than APTP's."""
+        share = 1 if protocol == "expert" or self.shared else of_aptp // num_experts
+        return replace(self, steps=self.steps * share, images=self.images * share)
+
+
+def parse_tuning(name: str) -> Tuning:
+    """A tuning by its name. Raises `UserError` for one that does not exist."""
+    tuning = Tuning()
+    for part in name.split("+"):
+        if part == "shared":
+            tuning = replace(tuning, shared=True)
+        elif part.isdecimal():
+            tuning = replace(tuning, steps=int(part))
+        elif match := re.fullmatch(r"refit(?:-(\d+))?", part):
+            tuning = replace(tuning, images=int(match[1] or IMAGES))
+    if str(tuning) != name or (tuning.shared and not tuning.steps):
+        raise UserError(f"--tuning {name} is unknown; write {TUNINGS}")
+    return tuning
+
+
+def tuned(run: Path, tuning: Tuning, cfg: Finetuning) -> Path:
+    """A copy of a pruned run whose experts are tuned; itself where nothing is done to them."""
+    if tuning == Tuning():
         return run
-    folder = run.with_name(f"{run.name}@{steps}")
+    folder = run.with_name(f"{run.name}@{tuning}")
     if not (folder / "summary.json").exists():
         files = [path for path in run.iterdir() if path.is_file() and path.name != CELL]
         for path in sorted(files, key=lambda path: path.name == "summary.json"):
             with replacing(folder / path.name) as temporary:  # the summary last: it is complete
                 shutil.copyfile(path, temporary)
-    finetune.finetune(replace(cfg, run=folder, steps=steps))
+    how: Any = {"refit": bool(tuning.images), "shared": tuning.shared, "steps": tuning.steps}
+    if tuning.images:
+        how["refit_images"] = tuning.images
+    with processor_seconds(folder, "tuning"):
+        finetune.finetune(replace(cfg, run=folder, **how))
     return folder
+
+
+@contextmanager
+def processor_seconds(run: Path, stage: str) -> Iterator[None]:
+    """Add the seconds that this process's threads worked to the run's spent.json.
+
+    Another process's may be in it already, which was killed.
+    """
+    path, start = run / SPENT, time.process_time()
+    try:
+        yield
+    finally:
+        spent = read_json(path) if path.exists() else {}
+        seconds = spent.get(stage, 0.0) + time.process_time() - start
+        write_json(path, spent | {stage: round(seconds, 1)})
 
 
 # ---- cells ----
 
-CELL = "cell.json"
-Key = tuple[str, int, int]  # method, seed, fine-tuning steps of each expert
+Key = tuple[str, int, str]  # method, seed, tuning
 
 
 def key_of(cell: dict[str, Any]) -> Key:
-    return cell["method"], cell["seed"], cell["finetune_steps"]
+    return cell["method"], cell["seed"], cell["tuning"]
 
 
 def read_cells(folder: Path) -> dict[Key, dict[str, Any]]:
@@ -290,20 +366,19 @@ def is_finished(cell: dict[str, Any] | None, cfg: Config) -> bool:
 
 
 def distances(run: Path, method: str, device: str) -> list[dict[str, Any]]:
-    """The scores of a run's codes, without images."""
+    """The scores of a run's experts, without images."""
     pipeline = APTPPipeline.from_pretrained(run, device)
     settings, assigned = read_run(run, "config.json", "assignments.json")
-    codes, macs = load_codes(run, pipeline.space), pipeline.macs()
     found = []
     for split in ("train", "validation"):
         data = load_split(run, settings, assigned, split, pipeline.teacher.resolution)
-        values = distances_of(pipeline.teacher, data, codes, assigned[split], macs)
+        values = distances_of(pipeline, data, assigned[split])
         ratio = sum(pipeline.ratios[i] for i in assigned[split]) / len(data)
         found.append({"method": method, "split": split, "macs_ratio": ratio} | as_row(values))
     return found
 
 
-def measure(cfg: Config, run: Path, method: str, seed: int, steps: int) -> dict[str, Any]:
+def measure(cfg: Config, run: Path, method: str, seed: int, tuning: Tuning) -> dict[str, Any]:
     """Score a cell, and write it into its run folder."""
     if cfg.distances_only:
         scores = distances(run, method, cfg.device)
@@ -316,8 +391,9 @@ def measure(cfg: Config, run: Path, method: str, seed: int, steps: int) -> dict[
     cell = {
         "method": method,
         "seed": seed,
-        "finetune_steps": steps,
-        "steps_in_all": steps * summary["num_experts"],
+        "tuning": str(tuning),
+        "steps_in_all": tuning.steps_in_all(summary["num_experts"]),
+        "processor_seconds": read_json(run / SPENT),
         **{name: summary[name] for name in ("target", "budget", "num_experts", "seconds")},
         "ratios": [expert["macs_ratio"] for expert in summary["experts"]],
         "shares": share.tolist(),
@@ -359,10 +435,12 @@ def compare(cfg: Config) -> Path:
     Raises `UserError`.
     """
     check(cfg)
-    methods = parse_methods(cfg.methods)
+    methods = [parse_method(name) for name in names_in("methods", cfg.methods)]
     folder = cfg.out or RUNS / f"compare-{Path(cfg.target).resolve().name}-{cfg.budget:g}"
-    tuning = replace(finetuning_of(cfg.target), device=cfg.device, precision=cfg.precision)
-    steps = tuning.steps if cfg.finetune_steps is None else cfg.finetune_steps
+    own = replace(finetuning_of(cfg.target), device=cfg.device, precision=cfg.precision)
+    tunings = [
+        parse_tuning(name) for name in names_in("tuning", cfg.tuning or f"refit+{own.steps}")
+    ]
     runs = [
         (
             method,
@@ -381,12 +459,15 @@ def compare(cfg: Config) -> Path:
         print(f"--- run {number} of {len(runs)}: {method.name}, seed {seed}", flush=True)
         assert pruning.out
         N = prune(method, pruning, last, scored=not cfg.distances_only)
-        lengths = {"expert": steps, "all": steps * cfg.num_experts // N}
-        wanted = {lengths[name] for name in PROTOCOLS[cfg.protocol]}
-        for own in sorted(wanted) if method.base != "dense" else [0]:
-            if not is_finished(read_cells(folder).get((method.name, seed, own)), cfg):
-                run = finetuned(pruning.out, own, replace(tuning, seed=seed))
-                measure(cfg, run, method.name, seed, own)
+        wanted = {
+            tuning.of_method(N, cfg.num_experts, protocol): None
+            for tuning in (tunings if method.base != "dense" else [Tuning()])
+            for protocol in PROTOCOLS[cfg.protocol]
+        }
+        for tuning in wanted:
+            if not is_finished(read_cells(folder).get((method.name, seed, str(tuning))), cfg):
+                run = tuned(pruning.out, tuning, replace(own, seed=seed))
+                measure(cfg, run, method.name, seed, tuning)
             write_cells(folder)
     return folder
 

@@ -25,7 +25,7 @@ from common.errors import UserError, command_line
 from common.files import read_json, replacing
 from compare import METHODS, key_of, read_cells
 from evaluation.figures import sheet
-from evaluation.tables import BEFORE, aggregate, markdown, rows_of
+from evaluation.tables import AS_CUT, aggregate, markdown, rows_of
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 100  # an expert, by the paper's protocol
@@ -187,10 +187,10 @@ def ladder(title: str, found: dict[str, list[dict[str, Any]]]) -> str:
         return statistics.fmean(row["distance"] for row in found[name])
 
     lines = [
-        [name, len(found[name]), *(cell(found[name], key, n) for key, (_, n) in BEFORE.items())]
+        [name, len(found[name]), *(cell(found[name], key, n) for key, (_, n) in AS_CUT.items())]
         for name in sorted(found, key=distance)
     ]
-    heads = ["row", "seeds", *(heading for heading, _ in BEFORE.values())]
+    heads = ["row", "seeds", *(heading for heading, _ in AS_CUT.values())]
     return f"### {title}\n\n{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n"
 
 

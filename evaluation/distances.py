@@ -1,12 +1,9 @@
-"""How far pruned U-Nets are from their teacher, before any training: Eq. 27 on its own.
-
-One U-Net serves for all: gates make it each row's expert, and without gates it is the teacher.
-"""
+"""How far pruned U-Nets are from their teacher: the output's part of Eq. 27 on its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +14,29 @@ from targets.images import CaptionedImages
 from teacher.encoded import encode_target
 from teacher.model import Teacher, add_noise
 
-
-class Gates(Protocol):
-    """Gates on the teacher's U-Net."""
-
-    def set_gates(self, a: Tensor | None) -> None:
-        """Use these gates, one row for each sample, (B, D); None for the teacher."""
+Outputs = Callable[[Tensor, dict[str, Any]], Tensor]  # rows (b,), a U-Net's inputs -> its output
 
 
 @torch.no_grad()
 def output_distances(
-    teacher: Teacher, data: CaptionedImages, gates: Gates, codes: Mapping[str, Tensor]
+    teacher: Teacher, data: CaptionedImages, pruned: Mapping[str, Outputs]
 ) -> dict[str, Tensor]:
-    """Mean squared distance to the teacher's output, of each row, (n,), by the name of its codes.
+    """Mean squared distance to the teacher's output, of each row, (n,), by the name of what it is.
 
-    All codes see the same noise at the same timesteps.
+    All see the same noise at the same timesteps.
 
     Args:
         data: n captioned images.
-        gates: on the teacher's U-Net.
-        codes: name -> the binary code of each row, (n, D).
+        pruned: name -> what pruned U-Nets put out for rows of `data`.
     """
     encoded = encode_target(teacher, data)
-    found: dict[str, list[Tensor]] = {name: [] for name in codes}
+    found: dict[str, list[Tensor]] = {name: [] for name in pruned}
     parts = torch.arange(len(data)).split(64)
     for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
         generator = step_generator(0, "distance", step)
         inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
-        gates.set_gates(None)
-        expected = teacher.unet(**inputs).sample
-        for name, of_rows in codes.items():
-            gates.set_gates(of_rows[part].to(teacher.device))
-            difference = teacher.unet(**inputs).sample.float() - expected.float()
+        expected = teacher.unet(**inputs).sample.float()
+        for name, outputs in pruned.items():
+            difference = outputs(part, inputs).float() - expected
             found[name].append(difference.square().flatten(1).mean(1).cpu())
     return {name: torch.cat(values) for name, values in found.items()}

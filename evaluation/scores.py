@@ -7,7 +7,7 @@ pixels. Scores of single captions come beside those of a set, for tests that pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,7 +43,7 @@ def scored_rows(data: CaptionedImages, split: str, limit: int | None) -> list[in
     return [firsts[k] for k in evenly_spaced(len(firsts), limit)]
 
 
-def as_row(values: Values) -> dict[str, Any]:
+def as_row(values: Mapping[str, float | Tensor]) -> dict[str, Any]:
     """Means over captions, and under `captions` the value of each, to three digits."""
     means = {
         k: torch.as_tensor(value, dtype=torch.float64).mean().item() for k, value in values.items()

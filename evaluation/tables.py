@@ -30,27 +30,29 @@ SCORES = {  # of a split's captions, where a row has them: key -> heading, digit
     "pick_score": ("PickScore ↑", 3),
 }
 ROUTING = {  # of a run
+    "processor_seconds": ("processor s", 0),
     "soft_ratio": ("soft MACs ratio", 3),
     "agreement": ("agreement", 3),
     "perplexity": ("perplexity", 2),
 }
-BEFORE = {k: v for k, v in SCORES.items() if k.startswith("distance")} | ROUTING
+AS_CUT = {k: v for k, v in SCORES.items() if k.startswith("distance")} | ROUTING
 
 TABLE_3 = ("uni-arch", "aptp:contrastive", "aptp:transport", "aptp")  # the ablation, in its order
 
 
 def aggregate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each method, split and number of steps.
+    """Mean and standard deviation over seeds of each method, split and tuning.
 
     The deviation is the sample's (n - 1), nan for a single seed.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        group = (row["split"], row.get("steps_in_all", 0), row["method"])
+        group = (row["split"], row.get("tuning", ""), row["method"])
         groups.setdefault(group, []).append(row)
     found = []
-    for (split, steps, method), members in groups.items():
-        line: dict[str, Any] = {"split": split, "method": method, "steps_in_all": steps}
+    for (split, tuning, method), members in groups.items():
+        line: dict[str, Any] = {"split": split, "method": method, "tuning": tuning}
+        line["steps_in_all"] = members[0].get("steps_in_all", 0)
         line["seeds"] = len(members)
         for key in SCORES | ROUTING:
             values = [member[key] for member in members if key in member]
@@ -69,8 +71,8 @@ def markdown(
     """Aggregated lines as a Markdown table with its title."""
     present = {key: m for key, m in measures.items() if any(key in line for line in lines)}
     words = {"method": "method", "split": "split"}
-    if any(line["steps_in_all"] or line["seeds"] > 1 for line in lines):  # of a comparison
-        words |= {"seeds": "seeds", "steps_in_all": "fine-tuning steps"}
+    if any(line["tuning"] for line in lines):  # of a comparison
+        words |= {"tuning": "tuning", "steps_in_all": "steps in all", "seeds": "seeds"}
 
     def cell(line: dict[str, Any], key: str, digits: int) -> str:
         value, spread = line.get(key), line.get(f"{key}_std", math.nan)
@@ -92,13 +94,14 @@ def markdown(
 
 def rows_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The scores in a comparison's cells, each with what its cell says of the run."""
-    shared = ("seed", "budget", "finetune_steps", "steps_in_all", *ROUTING)
-    rows = [
-        {k: v for k, v in row.items() if k != "captions"} | {k: c[k] for k in shared if k in c}
-        for c in cells
-        for row in c["scores"]
-    ]
-    return sorted(rows, key=lambda row: (row["split"], row["steps_in_all"]))
+    shared = ("seed", "budget", "tuning", "steps_in_all", *ROUTING)
+    rows = []
+    for cell in cells:
+        of_cell = {key: cell[key] for key in shared if key in cell}
+        of_cell["processor_seconds"] = sum(cell["processor_seconds"].values())
+        for row in cell["scores"]:
+            rows.append({k: v for k, v in row.items() if k != "captions"} | of_cell)
+    return sorted(rows, key=lambda row: (row["split"] != "validation", row["steps_in_all"]))
 
 
 def write_tables(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
@@ -108,21 +111,21 @@ def write_tables(folder: Path, cells: Sequence[dict[str, Any]]) -> None:
     parts = {"Table 1: methods at one budget": scores}
     ablation = [line for line in scores if line["method"] in TABLE_3]
     if {"aptp:contrastive", "aptp:transport"} & {line["method"] for line in ablation}:
-        ablation.sort(key=lambda line: (line["split"], TABLE_3.index(line["method"])))
+        ablation.sort(
+            key=lambda line: (line["split"] != "validation", TABLE_3.index(line["method"]))
+        )
         parts["Table 3: ablation"] = ablation
     if len({line["steps_in_all"] for line in scores if line["method"] != "dense"}) > 1:
         parts["Table 5: by fine-tuning steps"] = sorted(
-            scores, key=lambda line: (line["split"], line["method"], line["steps_in_all"])
+            scores,
+            key=lambda line: (line["split"] != "validation", line["method"], line["steps_in_all"]),
         )
     parts["Table 6: free prompts"] = [line for line in lines if line["split"] == "prompts"]
     text = [markdown(title, part) for title, part in parts.items() if part]
-    first: dict[str, dict[str, Any]] = {}  # method -> its line with the fewest steps
-    for line in scores:
-        if line["split"] == "train" and "distance" in line:
-            first.setdefault(line["method"], line)
-    if any(":" in method for method in first):
-        ranked = sorted(first.values(), key=lambda line: line["distance"])
-        text.append(markdown("Before fine-tuning: ablations, Fig. 5", ranked, BEFORE))
+    cut = [line for line in scores if line["tuning"] == "cut" and line["split"] == "train"]
+    if any(":" in line["method"] for line in cut):
+        ranked = sorted(cut, key=lambda line: line["distance"])
+        text.append(markdown("As cut: ablations, Fig. 5", ranked, AS_CUT))
     with replacing(folder / "tables.md") as temporary:
         temporary.write_text("\n".join(text), encoding="utf-8")
     keys = sorted({key for line in lines for key in line}, key=lambda key: (key != "method", key))

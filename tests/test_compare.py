@@ -15,7 +15,7 @@ import evaluate
 import finetune
 from common.errors import UserError
 from common.files import load_tensors, read_json, write_json
-from compare import parse_method, read_cells
+from compare import parse_method, parse_tuning, read_cells
 from evaluation import generated
 from evaluation.tables import write_tables
 from macs import measure_macs
@@ -31,7 +31,7 @@ SMALL = compare.Config(
     limit=24,
     images=4,
     steps=2,
-    finetune_steps=1,
+    tuning="1",
     warmup_steps=1,
     joint_steps=1,
     device="cpu",
@@ -239,7 +239,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 # ---- cells without images, and kills ----
 
-ALONE = dataclasses.replace(SMALL, finetune_steps=0, distances_only=True)
+ALONE = dataclasses.replace(SMALL, tuning="cut", distances_only=True)
 VARIANTS = ("aptp", "aptp:by-group", "aptp:random-clusters", "uni-arch")
 
 
@@ -290,8 +290,9 @@ def test_cells_without_images_say_what_codes_are_worth(ablations):
     data = load_target("emoji", "train", limit=24)
     for name, cell in cells.items():
         assert cell["soft_ratio"] == pytest.approx(0.7, rel=0.01)
-        assert sum(cell["shares"]) == pytest.approx(1) and cell["finetune_steps"] == 0
+        assert sum(cell["shares"]) == pytest.approx(1) and cell["tuning"] == "cut"
         assert ("agreement" in cell) == (name == "aptp")
+        assert cell["processor_seconds"]["pruning"] > 0
         train, validation = cell["scores"]
         assert train["split"] == "train" and validation["split"] == "validation"
         assert train["distance"] > 0 and "r1" not in train
@@ -307,8 +308,8 @@ def test_cells_without_images_say_what_codes_are_worth(ablations):
     known = [k for k, group in enumerate(held_out.groups) if group in groups]
     assert known and all(groups[assigned["validation"][k]] == held_out.groups[k] for k in known)
     text = (folder / "tables.md").read_text(encoding="utf-8")
-    rows = cells_of(text[text.index("Before fine-tuning") :])
-    distances = [float(row[2]) for row in rows[1:]]
+    rows = cells_of(text[text.index("As cut") :])
+    distances = [float(row[rows[0].index("distance ↓")]) for row in rows[1:]]
     assert len(distances) == 4 and distances == sorted(distances)
 
 
@@ -316,9 +317,9 @@ def test_cells_outlive_their_run_folders(ablations, tmp_path):
     folder, _ = ablations
     (tmp_path / "cells.jsonl").write_bytes((folder / "cells.jsonl").read_bytes())
     assert read_cells(tmp_path) == read_cells(folder)
-    newer = read_cells(folder)["aptp", 0, 0] | {"perplexity": 9.0}
+    newer = read_cells(folder)["aptp", 0, "cut"] | {"perplexity": 9.0}
     write_json(tmp_path / "aptp-0" / "cell.json", newer)
-    assert read_cells(tmp_path)["aptp", 0, 0] == newer and len(read_cells(tmp_path)) == 4
+    assert read_cells(tmp_path)["aptp", 0, "cut"] == newer and len(read_cells(tmp_path)) == 4
     (tmp_path / "cells.jsonl").write_text('{"method": "aptp", "se')
     with pytest.raises(UserError, match=r"cells\.jsonl is damaged; delete it"):
         read_cells(tmp_path)
@@ -332,16 +333,33 @@ def test_steps_are_equal_for_each_expert_or_in_all(tmp_path, monkeypatch):
         "prune",
         lambda method, cfg, *_, **__: 1 if method.base == "dense" else cfg.num_experts,
     )
-    monkeypatch.setattr(compare, "finetuned", lambda run, steps, cfg: run)
+    monkeypatch.setattr(compare, "tuned", lambda run, tuning, cfg: run)
     monkeypatch.setattr(
-        compare, "measure", lambda cfg, run, name, seed, steps: made.append((name, seed, steps))
+        compare, "measure", lambda cfg, run, name, seed, tuning: made.append((name, seed, tuning))
     )
-    cfg = dataclasses.replace(SMALL, num_experts=8, finetune_steps=100, protocol="both", seeds=2)
-    methods = "aptp,sp,aptp:experts-4,dense"
-    compare.compare(dataclasses.replace(cfg, methods=methods, out=tmp_path / "out", seed=5))
-    one = [("aptp", 100), ("sp", 100), ("sp", 800), ("aptp:experts-4", 100)]
-    one += [("aptp:experts-4", 200), ("dense", 0)]
-    assert made == [(name, seed, steps) for seed in (5, 6) for name, steps in one]
+    cfg = dataclasses.replace(SMALL, num_experts=8, tuning="cut,refit+100,shared+9", seeds=2)
+    cfg = dataclasses.replace(cfg, methods="aptp,sp,aptp:experts-4,dense", protocol="both", seed=5)
+    compare.compare(dataclasses.replace(cfg, out=tmp_path / "out"))
+    wanted = {
+        "aptp": ("cut", "refit+100", "shared+9"),
+        "sp": ("cut", "refit+100", "refit-4096+800", "shared+9"),
+        "aptp:experts-4": ("cut", "refit+100", "refit-1024+200", "shared+9"),
+        "dense": ("cut",),
+    }
+    one = [(name, tuning) for name, tunings in wanted.items() for tuning in tunings]
+    found = [(name, seed, str(tuning)) for name, seed, tuning in made]
+    assert found == [(name, seed, tuning) for seed in (5, 6) for name, tuning in one]
+
+
+@pytest.mark.parametrize("name", ["cut", "refit", "refit-64", "100", "refit-64+3", "shared+8"])
+def test_a_tuning_has_one_name(name):
+    assert str(parse_tuning(name)) == name
+
+
+@pytest.mark.parametrize("name", ["shared", "refit-", "+100", "100+refit", "refit+shared+3", "-1"])
+def test_an_unknown_tuning_is_refused(name):
+    with pytest.raises(UserError, match=r"--tuning .* is unknown; write cut, refit"):
+        parse_tuning(name)
 
 
 # ---- tables ----
@@ -350,7 +368,8 @@ def test_steps_are_equal_for_each_expert_or_in_all(tmp_path, monkeypatch):
 def cell(method: str, steps: int, experts: int, r1: float) -> dict:
     row = {"method": method, "split": "validation", "r1": r1, "frechet": 1.0, "captions": {}}
     wrong = row | {"method": f"{method}-exchanged"}
-    where = {"seed": 0, "budget": 0.5, "finetune_steps": steps, "steps_in_all": steps * experts}
+    where = {"seed": 0, "budget": 0.5, "tuning": str(steps), "steps_in_all": steps * experts}
+    where["processor_seconds"] = {"pruning": 2.0}
     return {"method": method, **where, "scores": [row, wrong]}
 
 
