@@ -34,15 +34,17 @@ SMALL = compare.Config(
     finetune_steps=1,
     warmup_steps=1,
     joint_steps=1,
+    batch_size=16,
     device="cpu",
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_distances():
-    """Distances to the teacher over 8 rows of a split, not over 512."""
+def few_rows():
+    """Distances to the teacher over 8 rows of a split, and experts refitted on 8 images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "DISTANCE_ROWS", 8)
+        patch.setattr(compare, "finetuning_of", lambda _: finetune.Finetuning(refit_images=8))
         yield
 
 
@@ -370,9 +372,8 @@ def test_tables_3_and_5_come_with_their_cells(tmp_path):
 
 
 def test_bksdm_runs_in_its_own_space(tmp_path):
-    cfg = dataclasses.replace(SMALL, batch_size=8)
     method = parse_method("bksdm")
-    compare.prune(method, method.settings(cfg, 0, tmp_path / "bksdm"), {})
+    compare.prune(method, method.settings(SMALL, 0, tmp_path / "bksdm"), {})
     tensors, meta = load_tensors(tmp_path / "bksdm" / "codes.safetensors")
     pipeline = APTPPipeline.from_pretrained(tmp_path / "bksdm", "cpu")
     assert meta["depth"] == "all" and pipeline.space.depth == "all"

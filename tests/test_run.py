@@ -15,7 +15,6 @@ import run
 import train
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
-from common.randomness import batch_rows, step_generator
 from macs import meet_budget
 from settings import resolve
 from targets.images import load_target
@@ -24,18 +23,6 @@ B = 6  # rows a batch
 
 
 # ---- noised rows ----
-
-
-def test_a_shared_out_batch_is_the_whole_one_in_parts(setup_of, smallest):
-    setup = setup_of(smallest)
-    rows = batch_rows(ROWS, B, 0, 1)
-    whole = setup.noised(rows, step_generator(0, "train", 1))
-    for rank in range(2):
-        local = torch.arange(rank, B, 2)
-        part = setup.noised(rows[local], step_generator(0, "train", 1), local)
-        for name in ("sample", "t", "target"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[local]), name
-        assert torch.equal(part.conditions.text, whole.conditions.text[local])
 
 
 # ---- results ----

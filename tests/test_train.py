@@ -298,17 +298,6 @@ def test_the_whole_model_as_budget_moves_nothing(make_batch):
     stop(step)
 
 
-def test_every_sample_has_noise_of_its_own(make_batch):
-    batch = make_batch()
-    step, seen = batch.step(Pruning(num_experts=N, hold_budget=False)), []
-    step.image_losses = lambda a, *_: seen.append(a) or (a[:, 0], a[:, 0], torch.zeros_like(a))
-    experts = torch.tensor([0, 0, 0, 1, 2, 2, 1])
-    step(batch.z, batch.noised, torch.Generator(), warmup=False, experts=experts)
-    step(batch.z, batch.noised, torch.Generator(), warmup=True)
-    stop(step)
-    assert all(len(a.unique(dim=0)) == B for a in seen)  # those of one expert too
-
-
 def test_what_processes_add_up_is_what_one_computes(make_batch):
     batch = make_batch()
     step = batch.step(Pruning(num_experts=N, micro_batch=2))

@@ -133,7 +133,7 @@ def test_processes_share_the_work_and_end_with_the_same_rows(folder, monkeypatch
     assert all(torch.equal(rows, expected(35)) for rows in ends)
 
 
-@given(st.lists(st.text(), max_size=4), st.lists(st.text(), max_size=4), st.text(max_size=3))
+@given(*[st.lists(st.text(max_size=3), max_size=4)] * 2, st.text(max_size=3))
 def test_keys_differ_where_lines_differ(lines, others, fact):
     assert (rows_key(fact, lines=lines) == rows_key(fact, lines=others)) == (lines == others)
     assert rows_key(fact, lines=lines) != rows_key(fact + "x", lines=lines)

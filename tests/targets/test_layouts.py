@@ -295,21 +295,6 @@ def test_both_parts_have_images_and_membership_is_the_names_alone(names):
         assert splits_of([*names, *(f"c{k}" for k in range(200))])[: len(names)] == splits
 
 
-def test_about_a_tenth_is_held_out():
-    splits = splits_of([f"{k}.png" for k in range(20_000)])
-    assert splits.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
-
-
-def test_a_third_folder_is_in_neither_split(tmp_path):
-    """By hash, some of `validation/` would be trained on."""
-    rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
-    make_folder(tmp_path, [*rows, ("test/3.jpg", "picture 3"), ("4.jpg", "picture 4")])
-    for split, number in (("train", 1), ("validation", 2)):
-        data = load_target(str(tmp_path), split)
-        assert numbers(data) == [number]
-        assert data.notes == {"image in neither train/ nor validation/": 2}
-
-
 def test_a_csv_is_read_like_jsonl(tmp_path):
     texts = {0: "picture 0, in\na column", 1: 'picture 1, "quoted"', 2: "picture 2, ü一"}
     with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:

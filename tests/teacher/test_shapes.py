@@ -15,10 +15,7 @@ from teacher.shapes import ASSETS, load_shape
     ("name", "depth", "pixels"),
     [
         ("sd15", "paper", 512),
-        ("sd21-base", "paper", 512),
-        ("sd21", "all", 768),
-        ("sdxl", "paper", 1024),
-        ("pocket", "paper", 64),
+        ("sdxl", "all", 1024),
         ("pocket", "none", 64),
     ],
 )
