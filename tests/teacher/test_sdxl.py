@@ -170,10 +170,6 @@ FAULTS = {
     "inpainting": (index(_class_name="StableDiffusionXLInpaintPipeline"), "Inpaint"),
     "inpainting U-Net": (nine_channels, "latents have width 9, and its autoencoder's are 4"),
     "IP adapter": (unet(encoder_hid_dim_type="ip_image_proj"), "ip_image_proj"),
-    "image encoder": (
-        index(image_encoder=["transformers", "CLIPVisionModelWithProjection"]),
-        "image_encoder.*IP adapter",
-    ),
     "text alone": (
         unet(addition_embed_type=None),
         "addition_embed_type is None, unlike a StableDiffusionXLPipeline",
