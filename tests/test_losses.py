@@ -55,22 +55,6 @@ def test_block_distillation_equals_the_loop(seed, B, normalise):
     assert torch.allclose(loss, expected, rtol=1e-4)
 
 
-@given(seed=SEEDS, size=st.floats(1e-3, 1e3))
-def test_a_normalised_block_counts_alike_whatever_its_size(seed, size):
-    """A block, student's and teacher's, times a number: no sample's loss changes."""
-    student = [random(3, 4, 5, 5, seed=seed + i) for i in range(3)]
-    teacher = [random(3, 4, 5, 5, seed=seed + 9 + i) for i in range(3)]
-    loss = losses.block_distillation_loss(student, teacher)
-    student[1], teacher[1] = size * student[1], size * teacher[1]
-    assert torch.allclose(losses.block_distillation_loss(student, teacher), loss, rtol=1e-4)
-    plain = losses.block_distillation_loss(student, teacher, normalise=False)
-    if size > 10:  # there the plain sum is all but this block
-        share = losses.block_distillation_loss(student[1:2], teacher[1:2], normalise=False)
-        assert (share / plain > 0.9).all()
-    zeros = [torch.zeros_like(t) for t in teacher]
-    assert torch.allclose(losses.block_distillation_loss(zeros, teacher), torch.ones(3))
-
-
 def test_a_teachers_block_of_zeros_gives_a_finite_loss():
     blocks = [random(2, 3).requires_grad_()], [torch.zeros(2, 3)]
     loss = losses.block_distillation_loss(*blocks).sum()

@@ -99,50 +99,31 @@ def offer(server, monkeypatch):
 CONTENT = os.urandom(300_000)
 
 
-def test_a_file_is_fetched_once(tmp_path, server, offer):
+@pytest.mark.parametrize(
+    ("part", "drop_after", "ranges", "asked"),
+    [
+        (None, [], True, [0]),
+        (None, [100_000, 50_000, 0], True, [0, 100_000, 150_000, 150_000]),
+        (None, [100_000], False, [0, 100_000]),  # and everything is sent again
+        (299_999, [], True, [299_999]),
+        (300_000, [], True, []),
+    ],
+)
+def test_a_file_is_fetched_once_and_from_where_its_part_ends(
+    tmp_path, server, offer, part, drop_after, ranges, asked
+):
+    """Whether a connection was dropped, or an earlier process left a part behind."""
     offer("a.tsv", CONTENT)
-    download("coco", tmp_path / "new" / "folder")
-    download("coco", tmp_path / "new" / "folder")
-    assert (tmp_path / "new" / "folder" / "a.tsv").read_bytes() == CONTENT
-    assert server.asked == [("a.tsv", None)]
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["a.tsv"]
-
-
-def test_a_dropped_connection_goes_on_where_it_was(tmp_path, server, offer):
-    offer("a.tsv", CONTENT)
-    server.drop_after = [100_000, 50_000, 0]
-    download("coco", tmp_path)
-    assert (tmp_path / "a.tsv").read_bytes() == CONTENT
-    assert [wanted for _, wanted in server.asked] == [
-        None,
-        "bytes=100000-",
-        "bytes=150000-",
-        "bytes=150000-",
-    ]
-
-
-def test_a_part_left_behind_is_completed(tmp_path, server, offer):
-    offer("a.tsv", CONTENT)
-    (tmp_path / "a.tsv.part").write_bytes(CONTENT[:299_999])
-    download("coco", tmp_path)
-    assert (tmp_path / "a.tsv").read_bytes() == CONTENT
-    assert server.asked == [("a.tsv", "bytes=299999-")]
-
-
-def test_a_complete_part_needs_no_connection(tmp_path, server, offer):
-    offer("a.tsv", CONTENT)
-    (tmp_path / "a.tsv.part").write_bytes(CONTENT)
-    download("coco", tmp_path)
-    assert (tmp_path / "a.tsv").read_bytes() == CONTENT and not server.asked
-
-
-def test_a_server_without_range_sends_everything_again(tmp_path, server, offer):
-    offer("a.tsv", CONTENT)
-    server.ranges = False
-    server.drop_after = [100_000]
-    download("coco", tmp_path)
-    assert (tmp_path / "a.tsv").read_bytes() == CONTENT
-    assert server.asked == [("a.tsv", None), ("a.tsv", "bytes=100000-")]
+    folder = tmp_path / "new" / "folder"
+    if part is not None:
+        write(folder / "a.tsv.part", CONTENT[:part])
+    server.drop_after, server.ranges = drop_after, ranges
+    for _ in range(2):
+        download("coco", folder)
+        assert (folder / "a.tsv").read_bytes() == CONTENT
+        assert [path.name for path in folder.iterdir()] == ["a.tsv"]
+    wanted = [f"bytes={start}-" if start else None for start in asked]
+    assert server.asked == [("a.tsv", start) for start in wanted]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +159,11 @@ def test_a_server_that_keeps_sending_nothing(tmp_path, server, offer):
     assert (tmp_path / "a.tsv.part").read_bytes() == CONTENT[:5000]
 
 
-def test_answers_that_are_no_files(tmp_path, server, offer):
+def test_answers_that_are_no_files(tmp_path, server, offer, monkeypatch):
+    remote = offer("a.tsv", CONTENT)
+    monkeypatch.setitem(FILES, "coco", (replace(remote, url="http://127.0.0.1:1/a.tsv"),))
+    with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:1/a\.tsv cannot be reached.*$"):
+        download("coco", tmp_path)
     offer("a.tsv", CONTENT)
     server.errors = [404]
     with pytest.raises(UserError, match=r"a\.tsv answers 404"):
@@ -186,15 +171,6 @@ def test_answers_that_are_no_files(tmp_path, server, offer):
     server.errors = [503, 500]  # which pass
     download("coco", tmp_path)
     assert (tmp_path / "a.tsv").read_bytes() == CONTENT
-
-
-def test_no_connection(tmp_path, server, offer, monkeypatch):
-    remote = offer("a.tsv", CONTENT)
-    closed = replace(remote, url="http://127.0.0.1:1/a.tsv")
-    monkeypatch.setitem(FILES, "coco", (closed,))
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/a\.tsv cannot be reached") as error:
-        download("coco", tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_disk_without_room(tmp_path, server, offer, monkeypatch):
