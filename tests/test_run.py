@@ -134,21 +134,6 @@ def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, 
             run.load_router(tmp_path, torch.device("cpu"))
 
 
-def test_a_split_of_one_image_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    """Where its images will be scored: a Frechet distance needs two."""
-    monkeypatch.setattr(run, "load_teacher", Mock(side_effect=AssertionError))
-    rows = [
-        *((f"train/{k}.jpg", "x") for k in range(3)),
-        *[("validation/9.jpg", f"{k}") for k in "ab"],
-    ]
-    make_folder(tmp_path, rows)
-    cfg = run.Pruning(target=str(tmp_path), num_experts=3)
-    with pytest.raises(UserError, match=r"the validation split of .* has 1 image.*2 or more"):
-        run.prepare(cfg, scored=True)
-    with pytest.raises(AssertionError):
-        run.prepare(cfg)
-
-
 def test_fewer_prompts_than_experts_are_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(run, "load_teacher", Mock(side_effect=AssertionError))
     with pytest.raises(UserError, match=r"5 training prompts.*--num-experts"):

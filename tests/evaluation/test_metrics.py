@@ -544,16 +544,6 @@ def test_its_features_are_what_its_own_classifier_reads(lite0):
     assert ours.shape == (2, 1000) and torch.allclose(ours, expected, atol=1e-4)
 
 
-def test_real_and_generated_take_one_way(lite0, emoji):
-    """The same images, by row and as a tensor, have the same extractors."""
-    images, real, _ = emoji
-    data = load_target("emoji", "validation", limit=96)
-    again = extract(lite0, data.take(range(8)), batch=3)
-    assert torch.allclose(again, real[:8], atol=1e-4)
-    as_uint8 = lite0(to_pixels(images[:8]))
-    assert torch.allclose(as_uint8, real[:8], atol=1e-4)
-
-
 def test_a_spoilt_image_is_found_again(lite0, emoji):
     """Shifted by two pixels and half as sharp, it is still nearest to its own original."""
     images, real, styles = emoji

@@ -34,6 +34,12 @@ def test_every_caption_is_beside_its_image(tmp_path):
     assert images.label(4).startswith("00001.tar at byte ")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    make_shard(tmp_path / "0.tar", sample(0) | {"000000000.txt": b"\xef\xbb\xbfpicture 0"})
+    for _ in range(2):  # read, and from the cache
+        assert read_shards([tmp_path / "0.tar"])[0] == ["picture 0"]
+
+
 def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path, cache):
     path = tmp_path / "00000.tar"
     make_shard(path, sample(0) | sample(1))
