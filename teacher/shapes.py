@@ -99,7 +99,9 @@ def load_shape(name: str) -> UNet2DConditionModel:
         raise UserError(f"{path} is not the configuration of a U-Net ({reason})") from None
 
 
-def with_random_weights(module: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+def with_random_weights(
+    module: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Any:
     """A module of the meta device on `device`, frozen, with PyTorch's own random weights.
 
     They are made a layer at a time, so it never takes the memory of the whole in float32.

@@ -183,6 +183,15 @@ def test_the_ratio_is_blind_to_a_machine_that_changes_speed():
     assert table.spread([2.0]) == {"latency_median": 2.0, "latency_iqr": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("ratio", "target", "ending"),
+    [(1.05, 1.05, "at most: met"), (1.06, 1.05, "at most: MISSED"), (9, None, "9.000")],
+)
+def test_a_target_is_met_or_missed(ratio, target, ending):
+    line = table.verdict({"what": "ours / theirs", "ratio": ratio, "target": target})
+    assert line.startswith("ours / theirs: ") and line.endswith(ending)
+
+
 # ---- the whole ----
 
 
