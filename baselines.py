@@ -13,28 +13,8 @@
 
 All but `dense` score the units. `macs.meet_budget` then closes the lowest scores by one threshold,
 so every method meets the budget in the way that APTP's codes do. One threshold needs scores that
-can be compared between layers. How that is done, and other departures:
-
-- `norm`: L1 norms grow with a layer's size, so a unit's is divided by its layer's mean. A depth
-  unit's is the mean absolute weight of the layer, divided by the mean over the removable ResBlocks
-  or Transformers. Li et al. close a share of each layer that is chosen by hand, and no layers.
-- `sp`: the importance of `importance.py`. All scores are changes of one loss, so they are compared
-  as they are. Fang et al. close the
-  same share of every layer's channels, and add gradients up over the timesteps before they take
-  absolute values; on a converged teacher these gradients cancel. Both are worse here: on the first
-  pocket teacher, at 0.78 of the MACs, the mean squared difference to its output before fine-tuning
-  is 0.065 with the same share of every layer, 0.009 with signed sums, 0.0002 with neither. Fang et
-  al. leave out timesteps of small loss; here whole intervals of the schedule are left out.
-- `bksdm`: Kim et al. give three sets of blocks. Base: of every stage all pairs of a ResBlock and a
-  Transformer but the first and, in the decoder, the last. Small: also the middle. Tiny: also the
-  innermost stage (its resampling stays here: the space has no unit for it). Here, for any budget,
-  pairs are removed in that order, within Base from the innermost stage outwards, as long as the
-  cost stays above the budget. The rest is saved by closing units by `norm`'s scores: first in the
-  block that would be next, then in all others, and if that is not enough, by removing other layers.
-  At the MACs of Base and of Small the expert is theirs exactly. This needs a space of depth "all"
-  (`DEPTHS`).
-- `uni-arch`: APTP's steps, rows, rate, start and losses without the contrastive loss, which trains
-  a router. Sec. 4.3 does not say which losses it used.
+can be compared between layers.
+How that is done, and what else differs from the papers: docs/departures.md#baselines.
 """
 
 from __future__ import annotations

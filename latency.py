@@ -47,13 +47,12 @@ from common.errors import UserError, command_line
 from common.files import read_json, write_json
 from common.options import read_options
 from common.processes import pick_device
-from common.ranges import Choice, Count, Pixels, check
+from common.ranges import Choice, Count, Pixels, Precision, check
 from gates import ArchSpace, Layer, binarize
 from macs import CostModel, build_cost, meet_budget
 from prune_unet import cut_in_place, cut_layer, example_inputs, find_units, meta_copy
-from settings import Precision
 from teacher.model import PRECISIONS
-from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of
+from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, with_random_weights
 
 WIDTHS = 8  # at which a layer is timed
 ROUNDS = 7  # in each of which everything that is compared has its turn; where one takes ...
@@ -199,8 +198,7 @@ def turn(run: Callable[[], object], times: int, device: torch.device) -> float:
 def prepare_run(module: nn.Module, call: Call, place: Place) -> tuple[Callable[[], object], int]:
     """A function that calls a module on real arguments, and how often it does so."""
     device, dtype = torch.device(place.device), PRECISIONS[place.precision]
-    # diffusers' own `to` warns, whether there is a reason or not
-    module = with_random_weights(nn.Module.to(module, dtype), device)
+    module = with_random_weights(module, device, dtype)
     args, kwargs = real(call, device, dtype)
     if place.runtime == "compile":
         torch._dynamo.config.recompile_limit = 64  # each width is a shape of its own
@@ -222,15 +220,6 @@ def prepare_run(module: nn.Module, call: Call, place: Place) -> tuple[Callable[[
         graph.replay()
 
     return replay, IN_GRAPH
-
-
-def with_random_weights(module: Any, device: torch.device) -> Any:
-    """A module of the meta device, now on `device`, with its own random initialisation."""
-    module.to_empty(device=device)
-    for part in module.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    return module.eval().requires_grad_(False)
 
 
 def real(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from common.cache import kept_rows, rows_key
 from common.hub import (
+    MAX_PROMPT_CHARACTERS,
     PROMPT_ENCODERS,
     content_hash,
     encoder_folder,
@@ -39,8 +40,6 @@ from common.hub import (
 )
 from common.randomness import step_generator
 from sinkhorn import sinkhorn
-
-MAX_PROMPT_CHARACTERS = 10_000
 
 PART = 16_384  # captions in one file of the cache: 50 MB where dz is 768
 

@@ -46,16 +46,17 @@ from common.files import (
     one_line,
     read_lines,
 )
+from common.hub import MAX_PROMPT_CHARACTERS
 from common.options import read_options
 from common.processes import pick_device
-from common.ranges import Count, Finite, Number, Pixels, Seed, Weight, check
+from common.ranges import Count, Finite, Number, Pixels, Precision, Seed, Weight, check
 from common.threads import side_by_side, slots
 from evaluation.generated import save_png
 from evaluation.grids import DPI, image_grid, label, save_figure
 from gates import ArchSpace
 from macs import CostModel, measure_macs
 from prune_unet import cut_expert, find_units, load_expert
-from router import MAX_PROMPT_CHARACTERS, PromptEncoder, PromptRouter
+from router import PromptEncoder, PromptRouter
 from run import (
     check_expert,
     expert_path,
@@ -68,7 +69,6 @@ from run import (
     read_run,
     shared_path,
 )
-from settings import Precision
 from teacher.model import Teacher
 
 MOST_ROWS, MOST_PIXELS = 400, 60_000  # height of a comparison; matplotlib's limit is 2^16 pixels

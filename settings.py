@@ -24,6 +24,7 @@ from common.ranges import (
     Number,
     Pixels,
     Positive,
+    Precision,
     Seed,
     Share,
     Weight,
@@ -32,7 +33,6 @@ from common.ranges import (
 )
 
 RUNS = Path("runs")
-Precision = Annotated[str, Choice("fp32", "bf16", "fp16")]
 Depth = Annotated[str, Choice("paper", "all", "none")]
 
 

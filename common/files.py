@@ -7,7 +7,6 @@ the new one, never half of one. Files of tensors carry a checksum. Nothing is pi
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import re
@@ -32,10 +31,7 @@ except ImportError:  # on Windows, where nothing is locked and leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 UTF8 = "utf-8-sig"  # UTF-8, with or without a byte-order mark
-
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ufeff]+")  # control characters, and byte-order marks
-
-CHECKSUMS: dict[str, Any] = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}  # older: sha256
 
 
 # ---- text ----
@@ -159,21 +155,25 @@ def read_json(path: Path, mend: str = "delete it and run the command that makes 
         mend: what helps where it is not; another thing for files that no command here makes.
     """
     if not path.exists():
-        raise UserError(
-            f"{path} is missing: the folder is incomplete; run the command that makes it again"
-        )
+        raise missing(path)
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {mend}") from None
 
 
-def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any], kind: str = "xxh3") -> str:
+def missing(path: Path) -> UserError:
+    return UserError(
+        f"{path} is missing: the folder is incomplete; run the command that makes it again"
+    )
+
+
+def fingerprint(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
     """Checksum of a file's content: its meta, and each tensor's name and bytes.
 
     xxh3 (128 bits) hashes as fast as memory is read; it finds damage, not forgery.
     """
-    digest = CHECKSUMS[kind](json.dumps(meta, sort_keys=True).encode())
+    digest = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -218,17 +218,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = header_of(file)
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: the folder is incomplete; run the command that makes it again"
-        ) from None
+        raise missing(path) from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run its command again"
         ) from None
     meta = header.get("meta", {})
-    kind = next((kind for kind in CHECKSUMS if kind in header), None)
-    if kind is None or header[kind] != fingerprint(tensors, meta, kind):
-        why = "its checksum does not fit" if kind else "it carries no checksum"
+    if header.get("xxh3") != fingerprint(tensors, meta):
+        why = "its checksum does not fit" if "xxh3" in header else "it carries no checksum"
         raise UserError(f"{path} is damaged ({why}); delete it and run its command again")
     return tensors, meta
 
@@ -237,10 +234,9 @@ def checksum(path: Path) -> str | None:
     """The checksum that a file of `save_tensors` carries; None where there is no such file."""
     try:
         with safe_open(path, "pt") as file:
-            header = header_of(file)
+            return header_of(file).get("xxh3")
     except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
         return None
-    return next((header[kind] for kind in CHECKSUMS if kind in header), None)
 
 
 class MetricsLog:

@@ -31,6 +31,7 @@ PAPER_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 PROMPT_ENCODERS = ("minilm",)  # those that need no download
+MAX_PROMPT_CHARACTERS = 10_000  # of a prompt, that an encoder is given
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 CONTENT = (".safetensors", ".json", ".model", ".txt")  # weights, configurations, vocabularies
 ELSEWHERE = ("onnx", "openvino")  # folders with the same weights for other runtimes

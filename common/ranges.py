@@ -49,6 +49,7 @@ Number = Annotated[int, Range(0, MANY)]
 Images = Annotated[int, Range(2, MANY)]
 Pixels = Annotated[int, Range(8, 2**14)]
 Seed = Annotated[int, Range(0, 2**62)]
+Precision = Annotated[str, Choice("fp32", "bf16", "fp16")]
 
 
 def allowed(annotation: Any) -> Range | Choice | None:

@@ -30,14 +30,12 @@ from common.files import (
     temporary_folder,
     write_json,
 )
-from common.hub import CONTENT, HUB_NAME, model_files
+from common.hub import CONTENT, HUB_NAME, MAX_PROMPT_CHARACTERS, model_files
 from common.options import read_options
-from common.ranges import Number, check
+from common.ranges import Number, Precision, check
 from gates import ArchSpace, inside, removed_layers
-from router import MAX_PROMPT_CHARACTERS
 from run import load_codes, newest_run, read_run
 from sample import APTPPipeline
-from settings import Precision
 from sharing.card import Published, model_card
 from sharing.pruned_unet import PrunedUNet2DConditionModel, RoutedUNet
 from teacher import parts

@@ -29,9 +29,7 @@ from common.files import read_json, write_json
 from common.processes import barrier, rank, world_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run other programs, or are rare
-
 MAX_PIXELS = 89_478_485  # of an image; Pillow's own limit
-
 # Not the image's fault: nothing is left of something, no permission, a server that does not answer.
 ELSEWHERE = {
     getattr(errno, name)
@@ -50,7 +48,6 @@ TURNS: dict[Any, Image.Transpose] = {
 }
 
 CHECK_PIXELS = 8  # a side, when an image is only checked: a JPEG is then decoded at an eighth
-
 PART = 4096  # images a file of the cache: a stopped check loses one part
 
 

@@ -30,9 +30,7 @@ from common.errors import UserError
 from common.files import read_json, replacing, write_json
 
 CHUNK = 2**20
-
 TIMEOUT = 60  # seconds without a byte
-
 ATTEMPTS = 5  # in a row without progress
 
 

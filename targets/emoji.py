@@ -23,13 +23,9 @@ from common.files import read_json, replacing
 from common.hub import package_folder
 
 EMOJI_SIZE = 64
-
 STYLES = ("flat", "outlined")  # Twemoji, OpenMoji
-
 FINER = 4  # drawings are rendered this much larger, then framed
-
 HELD_OUT = 0.16  # of the concepts, in one of their two styles: 8 % of the rows
-
 PHRASINGS = (  # the teacher knows all of them; a target's rows use the first two
     "{thing}, {style} emoji",
     "{a_style} emoji of {thing}",

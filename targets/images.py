@@ -32,7 +32,6 @@ from targets.emoji import EMOJI_SIZE, TARGET_PHRASINGS, captions_of, emoji_rows,
 from targets.layouts import CaptionedFiles, read_cc3m, read_coco, read_folder
 
 T = TypeVar("T")
-
 TARGETS = ("emoji", "coco", "cc3m")
 
 

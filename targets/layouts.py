@@ -45,15 +45,10 @@ from targets.decoding import ImageFiles
 from targets.shards import read_shards
 
 MAX_CAPTION_CHARACTERS = 10_000  # far more than any text encoder reads
-
 VALIDATION_SHARE = 0.1  # of a folder's images
-
 COCO = {"train": "train2014", "validation": "val2014"}
-
 CC3M = {"train": "Train_GCC-training.tsv", "validation": "Validation_GCC-1.1.0-Validation.tsv"}
-
 CC3M_SHARD = 10_000  # rows in a folder, img2dataset's default
-
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
 
 

@@ -25,13 +25,9 @@ from common.files import UTF8, load_tensors, save_tensors
 from targets.decoding import ImageFiles
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
 KINDS = (*IMAGE_KINDS, "txt", "json")  # of a sample's files
-
 VERSION = 2  # of the indexes in the cache
-
 MAX_CAPTION_BYTES = 2**20  # of a key.txt
-
 MAX_IMAGE_BYTES = 2**28  # an image is read whole
 
 

@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from common.hub import minilm_folder
 from teacher.folders import SD, SDXL, Pipeline, assemble, load_part, load_scheduler, read_config
 from teacher.parts import AutoencoderDC, BertModel
-from teacher.shapes import CLIP_TOKENS, POCKET_TOKENS, load_shape, text_widths
+from teacher.shapes import CLIP_TOKENS, POCKET_TOKENS, load_shape, text_widths, with_random_weights
 
 SCHEDULE = {  # of all Stable Diffusions
     "beta_start": 0.00085,
@@ -71,21 +71,6 @@ def pocket_pipeline(
 # ---- random teachers ----
 
 
-def random_unet(config: Any, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A U-Net with PyTorch's own random weights, made a layer at a time.
-
-    In half precision it never takes the memory of the whole in float32.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    for module in unet.modules():
-        if hasattr(module, "reset_parameters"):
-            module.to_empty(device="cpu", recurse=False)
-            module.reset_parameters()
-            module.to(dtype)
-    return unet
-
-
 def random_pipeline(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pipeline:
     """A pipeline around the U-Net of `assets/unets/<shape>.json`, all weights random.
 
@@ -95,7 +80,8 @@ def random_pipeline(shape: str, dtype: torch.dtype = torch.float32, seed: int = 
     Raises:
         UserError: there is no such U-Net, or it is conditioned on what no pipeline here has.
     """
-    config, tokenizer = load_shape(shape).config, minilm_tokenizer(CLIP_TOKENS)
+    unet, tokenizer = load_shape(shape), minilm_tokenizer(CLIP_TOKENS)
+    config = unet.config
     states, pooled = text_widths(config)
 
     def text_config(width: int) -> CLIPTextConfig:
@@ -114,7 +100,7 @@ def random_pipeline(shape: str, dtype: torch.dtype = torch.float32, seed: int = 
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {"unet": random_unet(config, dtype), "tokenizer": tokenizer}
+        parts = {"unet": with_random_weights(unet, "cpu", dtype), "tokenizer": tokenizer}
         parts["vae"] = AutoencoderKL(
             block_out_channels=(16, 16, 32, 32),
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -11,21 +11,17 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from common.errors import UserError
 from common.files import read_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
 PIXELS = 8  # a side of what one latent position stands for
-
 POCKET_TOKENS = 20  # of the pocket teacher's text states: 99.9 % of the emoji captions fit
-
 CLIP_TOKENS = 77  # of every Stable Diffusion's
-
 RANDOM = "-random"
 TEACHERS = ("pocket", "sd15-random", "sd21-base-random", "sd21-random", "sdxl-random")  # no files
-
 HUB_SHAPES = {
     "stable-diffusion-2-1": "sd21",
     "stable-diffusion-2-1-base": "sd21-base",
@@ -101,6 +97,21 @@ def load_shape(name: str) -> UNet2DConditionModel:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not the configuration of a U-Net ({reason})") from None
+
+
+def with_random_weights(
+    module: Any, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A module of the meta device on `device`, frozen, with PyTorch's own random weights.
+
+    They are made a layer at a time, so it never takes the memory of the whole in float32.
+    """
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.to_empty(device=device, recurse=False)
+            part.reset_parameters()
+            nn.Module.to(part, dtype)
+    return module.eval().requires_grad_(False)
 
 
 def shape_of(teacher: str) -> UNet2DConditionModel:

@@ -37,7 +37,7 @@ from run import prepare
 from settings import Pruning, read_with_preset, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 ARGUMENTS = {
     "budget": "0.7",
     "num-experts": "3",
@@ -141,6 +141,8 @@ def serve(folder: Path) -> None:
             errors = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(errors, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            # a shell's background job, and all that it starts, would ignore Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             unpickled = watch_unpickling()
             train.prepare = lambda cfg: replace(setup, cfg=cfg)
             finetune.load_teacher = lambda *_, **__: setup.teacher
@@ -149,7 +151,7 @@ def serve(folder: Path) -> None:
             sys.argv = [f"{script}.py", *arguments]
             code: Any = 0
             try:
-                command_line({"train": train.main, "finetune": finetune.main}[script])
+                command_line({"train": train.main, "finetune": finetune.main}[script], goes_on=True)
             except SystemExit as stopped:
                 code = stopped.code
             os._exit(99 if unpickled else code)
@@ -274,16 +276,20 @@ def test_killed_at_random_moments(forks, undisturbed):
         same(folder, whole)
 
 
-def test_killed_twice_while_it_trains(forks, undisturbed):
-    """A run that went on where it was killed is killed again."""
-    folder = forks.folder / "killed-twice"
-    for steps in (3, 5):
+def test_killed_and_stopped_while_it_trains(forks, undisturbed):
+    """A run that went on where it was killed is stopped by Ctrl-C, which is one line."""
+    folder = forks.folder / "killed-and-stopped"
+    stopped = 130, ["stopped; run the same command again to go on"]
+    for steps, sent, ends in (
+        (3, signal.SIGKILL, (-signal.SIGKILL, [])),
+        (5, signal.SIGINT, stopped),
+    ):
         child = forks.start(folder)
         deadline = time.time() + 120
         while time.time() < deadline and steps_done(folder) < steps:
             time.sleep(0.005)
-        os.kill(child, signal.SIGKILL)
-        assert forks.end()[0] == -signal.SIGKILL
+        os.kill(child, sent)
+        assert forks.end() == ends
         assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] >= steps - 1
     assert forks.run(folder)[0] == 0
     same(folder, undisturbed[0])
@@ -330,33 +336,6 @@ def test_a_killed_finetuning_ends_as_the_undisturbed_one(forks, undisturbed):
     assert forks.run(folder, script="finetune")[0] == 0
     assert path.read_bytes() == once and path.with_suffix(".csv").read_text() == log
     assert sorted(p.name for p in path.parent.iterdir()) == ["1.csv", "1.safetensors"]
-
-
-def test_ctrl_c_is_one_line_and_can_be_gone_on_from(forks, undisturbed):
-    folder = forks.folder / "interrupted"
-    command = [sys.executable, "tests/short_start.py", "train.py"]
-    command += options(ARGUMENTS, out=folder)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell's background job, and all that it starts, would ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and steps_done(folder) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert said(errors) == ["stopped; run the same command again to go on"]
-    assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] >= 2
-    assert forks.run(folder)[0] == 0
-    same(folder, undisturbed[0])
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")

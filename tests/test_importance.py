@@ -111,17 +111,6 @@ def test_importance_of_a_cluster_is_that_of_its_own_samples(setup_of, smallest, 
     assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_whole_is_the_mean_of_the_clusters_by_their_shares(setup_of, smallest, monkeypatch):
-    monkeypatch.setattr(importance, "INTERVALS", 1)
-    setup = setup_of(smallest)
-    clusters = torch.arange(ROWS).clamp(max=9) // 3  # 3, 3, 3 and 15 rows, each seen once
-    each = importance.taylor_importance(setup, clusters, ROWS // B)
-    (whole,) = importance.taylor_importance(setup, batches=ROWS // B)
-    shares = torch.bincount(clusters) / ROWS
-    assert len(each) == 4 and not torch.allclose(each[0], each[3], rtol=0.1)
-    assert torch.allclose(shares @ each, whole, rtol=1e-4, atol=1e-7)
-
-
 @torch.no_grad()
 def loss_changes(setup, size: float) -> torch.Tensor:
     """Mean over samples of |loss without `size` of a unit - loss|, one unit at a time, (D,)."""

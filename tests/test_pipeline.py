@@ -120,26 +120,12 @@ def metrics_of(setup: Setup, out: Path, **settings) -> np.ndarray:
     return np.genfromtxt(out / "metrics.csv", delimiter=",", names=True)
 
 
-@pytest.mark.parametrize("budget", [0.35, 0.5, 0.64, 0.78, 0.9])
+@pytest.mark.parametrize("budget", [0.35, 0.9])
 def test_soft_gates_cost_the_budget_in_every_step(setup, tmp_path, budget):
     """In warm-up and joint phase, with steps so large that logits move far between them."""
     rows = metrics_of(setup, tmp_path / "run", budget=budget, lr=0.5)
     assert len(rows) == 3
     assert np.allclose(rows["cost_ratio"], budget, rtol=0.01)
-
-
-def test_without_the_hold_they_cost_something_else(setup, tmp_path):
-    rows = metrics_of(setup, tmp_path / "run", budget=0.5, lr=0.5, hold_budget=False)
-    assert (np.abs(rows["cost_ratio"] / 0.5 - 1) > 0.02).any()
-    assert np.allclose(rows["lambda_res"], 2.0)
-
-
-def test_micro_batches_hold_it_alike(setup, tmp_path):
-    runs = [
-        metrics_of(setup, tmp_path / str(size), budget=0.5, micro_batch=size) for size in (6, 4)
-    ]
-    for name in train.TERMS:
-        assert np.allclose(runs[0][name], runs[1][name], rtol=1e-3, atol=1e-6), name
 
 
 @pytest.mark.parametrize(("captions", "experts"), [(["a dog"], 1), (["a dog"] * 4, 2)])
@@ -150,7 +136,7 @@ def test_targets_of_one_prompt_or_equal_ones(tmp_path, captions, experts):
     cfg = dataclasses.replace(SMALL, num_experts=experts, warmup_steps=1, joint_steps=1, **here)
     summary = train.train(cfg)
     assert summary["macs_ratio_mean"] == pytest.approx(0.7, rel=0.01)
-    finetune.finetune(Finetuning(run=cfg.out, steps=1, batch_size=2, device="cpu"))
+    finetune.finetune(Finetuning(run=cfg.out, refit_images=4, steps=1, batch_size=2, device="cpu"))
     assert len(list((cfg.out / "experts").glob("*.safetensors"))) == experts
 
 
@@ -287,25 +273,6 @@ def refused(monkeypatch, capsys, tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--target", "imagenet"], ["imagenet", "emoji"]),
-        (["--teacher", "dalle"], ["dalle", "pocket"]),
-        (["--budget", "0"], ["0", "more than 0, and at most 1"]),
-        (["--budget", "1.2"], ["1.2", "more than 0, and at most 1"]),
-        (["--budget", "nan"], ["nan"]),
-        (["--budget", "0.05"], ["0.05", "left"]),
-        (["--num-experts", "65"], ["65", "64"]),
-        (["--num-experts", "0"], ["0"]),
-        (["--device", "warp"], ["warp", "cpu"]),
-    ],
-)
-def test_train_refuses_nonsense_in_one_line(arguments, words, refused, tmp_path):
-    refused(train, [*arguments, "--out", str(tmp_path / "run")], *words)
-    assert not (tmp_path / "run").exists()
-
-
 def test_sample_refuses_nonsense_in_one_line(run, refused, monkeypatch, tmp_path):
     of_run = ["--run", str(run)]
     refused(sample, ["  ", *of_run], "empty")
@@ -360,7 +327,7 @@ def test_a_teacher_that_was_moved_is_found_where_it_is_said_to_be(run, tmp_path)
     write_json(folder / "summary.json", summary | {"teacher": str(tmp_path / "gone")})
     load_teacher("pocket").pipe.save_pretrained(tmp_path / "here")
     now = {"run": folder, "teacher": str(tmp_path / "here"), "device": "cpu"}
-    finetune.finetune(Finetuning(expert=1, steps=1, batch_size=2, precision="bf16", **now))
+    finetune.finetune(Finetuning(expert=1, refit=False, steps=1, batch_size=2, **now))
     made = sample.sample(sample.Config(prompts=("a giraffe",), expert=1, steps=2, **now))
     assert made.images[0].size == (64, 64)
 
@@ -392,29 +359,3 @@ def test_other_settings_do_not_overwrite_a_run(run):
         finetune.finetune(Finetuning(run=run, expert=9, device="cpu"))
     assert (run / "summary.json").read_bytes() == before
     assert json.loads(before)["budget"] == 0.7
-
-
-def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
-    """Stopped after three of five steps, it ends with the weights of the undisturbed expert."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    copy_run(run, folder)
-    cfg = Finetuning(
-        run=folder, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu", save_every=1
-    )
-    step, calls = finetune.finetuning_step, []
-
-    def stop_at_three(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(finetune, "finetuning_step", stop_at_three)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(cfg)
-    assert not finetune.expert_path(folder, 1).exists()
-    monkeypatch.setattr(finetune, "finetuning_step", step)
-    finetune.finetune(cfg)
-    once, again = (load_tensors(finetune.expert_path(folder_, 1))[0] for folder_ in (run, folder))
-    assert all(torch.equal(once[name], again[name]) for name in once)

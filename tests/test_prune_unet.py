@@ -1,6 +1,5 @@
 """Gates on a running U-Net and experts cut out of it, on tiny U-Nets of four layouts."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import prune_unet
@@ -73,17 +72,11 @@ def test_cut_equals_gated(unet, make_inputs, seed, depth, open_share, kinds, row
     assert largest_difference(unet, space, codes, inputs) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cut_equals_gated_with_one_kind_pruned_to_the_least(unet, make_inputs, kind):
+@pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), KINDS], ids=str)
+def test_cut_equals_gated_where_kinds_are_pruned_to_the_least(unet, make_inputs, kinds):
     space = find_units(unet, "all")
-    codes = random_codes(space, 1, 0.0, {kind}, 0)
+    codes = random_codes(space, 1, 0.0, kinds, 0)
     assert largest_difference(unet, space, codes, make_inputs(unet, 1)) < 1e-5
-
-
-def test_cut_equals_gated_with_everything_pruned_to_the_least(unet, make_inputs):
-    space = find_units(unet, "all")
-    codes = random_codes(space, 1, 0.0, set(KINDS), 0)
-    assert largest_difference(unet, space, codes, make_inputs(unet, 2)) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +88,7 @@ def prices(unet):
 
 
 @given(seed=SEEDS, depth=DEPTHS, open_share=st.floats(0, 1))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_macs_of_a_code_are_those_counted_on_its_expert(
     unet, prices, make_inputs, seed, depth, open_share
 ):
@@ -216,28 +209,6 @@ def test_the_denoising_loss_reaches_every_unit(unet, make_inputs):
     assert size["depth"].median() > size["feedforward"].median() / 5
 
 
-def test_gradients_with_checkpointing_are_the_same(unet, make_inputs):
-    inputs, space = make_inputs(unet, 2), find_units(unet)
-    plain = gate_gradients(unet, inputs, space)
-    checkpointed = copy.deepcopy(unet).train()
-    checkpointed.enable_gradient_checkpointing()
-    assert torch.allclose(gate_gradients(checkpointed, inputs, space), plain, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_sample_is_gated_by_its_own_code(unet, make_inputs):
-    inputs, space = make_inputs(unet, 2), find_units(unet)
-    codes = random_codes(space, 2, 0.5, set(KINDS), 0)
-    gates = attach_gates(unet, space)
-    gates.set_gates(codes)
-    both = unet(**inputs).sample
-    gates.set_gates(codes[[0, 0]])
-    first = unet(**inputs).sample
-    gates.detach()
-    assert torch.allclose(both[0], first[0], atol=1e-6)
-    assert not torch.allclose(both[1], first[1], atol=1e-3)
-
-
 def test_gates_of_a_wrong_shape_are_refused(unet, make_inputs):
     gates = attach_gates(unet)
     with pytest.raises(ValueError, match="gates must be"):
@@ -248,44 +219,6 @@ def test_gates_of_a_wrong_shape_are_refused(unet, make_inputs):
     with pytest.raises(ValueError, match="3 samples"):
         unet(**make_inputs(unet, 3))
     gates.detach()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_single_precision_gates_fit_a_half_precision_unet(unet, make_inputs, dtype):
-    half = copy.deepcopy(unet).to(dtype)
-    gates = attach_gates(half)
-    gates.set_gates(torch.full((1, gates.space.size), 0.5))
-    inputs = make_inputs(unet, 1)
-    conditions = {k: v.to(dtype) for k, v in inputs.get("added_cond_kwargs", {}).items()}
-    output = half(
-        inputs["sample"].to(dtype),
-        inputs["timestep"],
-        inputs["encoder_hidden_states"].to(dtype),
-        added_cond_kwargs=conditions,
-    ).sample
-    assert output.dtype == dtype and output.isfinite().all()
-
-
-@torch.no_grad()
-def test_block_recorder_keeps_what_the_blocks_put_out(unet, make_inputs):
-    blocks: list[nn.Module] = [*unet.down_blocks]
-    blocks += [] if unet.mid_block is None else [unet.mid_block]
-    blocks += [*unet.up_blocks]
-    seen = []
-    hooks = [b.register_forward_hook(lambda module, args, out: seen.append(out)) for b in blocks]
-    recorder = BlockRecorder(unet)
-    unet(**make_inputs(unet, 2))
-    outputs = recorder.take()
-    for hook in hooks:
-        hook.remove()
-    recorder.detach()
-    assert len(outputs) == len(blocks)
-    for block, output, value in zip(blocks, outputs, seen, strict=True):
-        if block in list(unet.down_blocks):
-            value = value[0]  # (features, skip connections)
-        assert torch.equal(output, value)
-    assert recorder.take() == []
 
 
 # ---- experts as files ----
@@ -312,24 +245,6 @@ def test_an_expert_comes_back_from_its_file(saved, make_inputs):
     assert torch.equal(loaded(**inputs).sample, expert(**inputs).sample)
 
 
-def test_damaged_experts_are_refused_by_name(saved, tmp_path):
-    path, _, _ = saved
-    whole = path.read_bytes()
-    bad = tmp_path / "bad.safetensors"
-    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
-        bad.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"bad\.safetensors"):
-            load_expert(bad)
-    for place in (len(whole) // 2, len(whole) - 2):  # a weight altered
-        altered = bytearray(whole)
-        altered[place] ^= 1
-        bad.write_bytes(bytes(altered))
-        with pytest.raises(UserError, match=r"bad\.safetensors"):
-            load_expert(bad)
-    with pytest.raises(UserError, match=r"gone\.safetensors"):
-        load_expert(tmp_path / "gone.safetensors")
-
-
 def test_files_that_are_no_experts_are_refused_by_name(saved, tmp_path):
     path, _, code = saved
     tensors, header = prune_unet.load_tensors(path)
@@ -345,6 +260,3 @@ def test_files_that_are_no_experts_are_refused_by_name(saved, tmp_path):
     save_tensors(bad, tensors, header)
     with pytest.raises(UserError, match=r"bad\.safetensors"):
         load_expert(bad)
-
-
-# ---- the command ----

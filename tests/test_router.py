@@ -137,12 +137,6 @@ def test_where_images_have_one_caption_all_of_it_is_content():
 # ---- similarities ----
 
 
-@pytest.mark.parametrize("options", [{}, {"center": False}, {"own_keys": False}], ids=str)
-def test_similarity_is_the_cosine_of_centred_vectors(options):
-    router, e = random_router(**options), torch.randn(6, D)
-    assert np.allclose(router.similarity(e).numpy(), cosines(router, e), atol=1e-5)
-
-
 @given(seed=SEEDS, center=st.booleans(), own_keys=st.booleans())
 def test_test_time_routing_takes_the_key_of_the_highest_cosine(seed, center, own_keys):
     router = random_router(seed % 1000, center=center, own_keys=own_keys)
@@ -150,13 +144,6 @@ def test_test_time_routing_takes_the_key_of_the_highest_cosine(seed, center, own
     expected = torch.from_numpy(cosines(router, router(z)).argmax(0))
     assert torch.equal(router.route(z), expected)
     assert len(expected.unique()) > 1
-
-
-def test_test_time_routing_does_not_depend_on_the_batch(router):
-    z = torch.randn(30, DZ)
-    together = router.route(z)
-    assert torch.equal(together, torch.cat([router.route(row[None]) for row in z]))
-    assert torch.equal(together.flip(0), router.route(z.flip(0)))
 
 
 # ---- transport ----
@@ -186,17 +173,6 @@ def test_without_transport_prompts_take_their_nearest_code(router):
     crowded = e[:1].repeat(7, 1)  # seven times the same prompt
     assert router.assign(crowded, transport=False).unique().numel() == 1
     assert router.assign(crowded + 1e-3 * torch.randn(7, D)).unique().numel() > 1
-
-
-def test_a_samples_code_is_its_experts_with_gradient():
-    router = random_router()
-    experts = router.assign(torch.randn(8, D))
-    a = router.codes_of(experts)
-    assert torch.equal(a, torch.stack([router.codes[i] for i in experts]))
-    a.sum().backward()
-    counts = torch.bincount(experts, minlength=N).float()
-    assert torch.allclose(router.codes.grad, counts[:, None].expand(N, D))
-    assert router.predictor.bias.grad is None
 
 
 # ---- from prompts to files ----

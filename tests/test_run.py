@@ -15,7 +15,6 @@ import run
 import train
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
-from common.randomness import batch_rows, step_generator
 from macs import meet_budget
 from settings import resolve
 from targets.images import load_target
@@ -24,18 +23,6 @@ B = 6  # rows a batch
 
 
 # ---- noised rows ----
-
-
-def test_a_shared_out_batch_is_the_whole_one_in_parts(setup_of, smallest):
-    setup = setup_of(smallest)
-    rows = batch_rows(ROWS, B, 0, 1)
-    whole = setup.noised(rows, step_generator(0, "train", 1))
-    for rank in range(2):
-        local = torch.arange(rank, B, 2)
-        part = setup.noised(rows[local], step_generator(0, "train", 1), local)
-        for name in ("sample", "t", "target"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[local]), name
-        assert torch.equal(part.conditions.text, whole.conditions.text[local])
 
 
 # ---- results ----
@@ -145,21 +132,6 @@ def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, 
         save_tensors(path, tensors, settings)
         with pytest.raises(UserError, match=r"another version.*train\.py"):
             run.load_router(tmp_path, torch.device("cpu"))
-
-
-def test_a_split_of_one_image_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    """Where its images will be scored: a Frechet distance needs two."""
-    monkeypatch.setattr(run, "load_teacher", Mock(side_effect=AssertionError))
-    rows = [
-        *((f"train/{k}.jpg", "x") for k in range(3)),
-        *[("validation/9.jpg", f"{k}") for k in "ab"],
-    ]
-    make_folder(tmp_path, rows)
-    cfg = run.Pruning(target=str(tmp_path), num_experts=3)
-    with pytest.raises(UserError, match=r"the validation split of .* has 1 image.*2 or more"):
-        run.prepare(cfg, scored=True)
-    with pytest.raises(AssertionError):
-        run.prepare(cfg)
 
 
 def test_fewer_prompts_than_experts_are_refused_before_anything_is_loaded(monkeypatch):

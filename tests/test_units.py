@@ -1,11 +1,8 @@
 """What `python -m bench.units` prints."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from bench import units
 
@@ -39,12 +36,3 @@ def test_command_prints_a_table_whose_rows_add_up(monkeypatch, capsys):
     assert int(rows[-1][5]) == 0  # no depth units
     assert abs(sum(float(row[7]) for row in rows[:-1]) - float(rows[-1][7])) < 0.1
     assert "lowest budget" in lines[total + 1]
-
-
-@pytest.mark.slow
-def test_a_mistake_ends_in_one_line_and_code_2():
-    command = [sys.executable, "-m", "bench.units", "--unet", "sd99"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --unet sd99") and result.stderr.count("\n") == 1
-    assert "sd21" in result.stderr

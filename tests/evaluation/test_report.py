@@ -530,16 +530,6 @@ def test_the_run_to_compare_with_is_shown_or_refused(written, tmp_path):
         report.write_report(own, both)
 
 
-def test_perplexity_and_costs_are_said(written):
-    run, inputs = written
-    words = "".join(Page((run / "report" / "report.html").read_text(encoding="utf-8")).words)
-    share = analysis.shares(inputs.train.experts, 3)
-    assert f"is {analysis.perplexity(share):.1f}; an even assignment has 3" in " ".join(
-        words.split()
-    )
-    assert "(1.234 G MACs a forward)" in words and "0.6900 (budget 0.7)" in words
-
-
 def test_a_budget_of_time_is_told_expert_by_expert(tmp_path):
     """What was predicted and what was measured, in milliseconds; nothing of it for MACs."""
     inputs = inputs_of(2, ["a cat", "a dog", "a flag"], ["x", "y", "x"])

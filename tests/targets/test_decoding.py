@@ -36,12 +36,6 @@ def test_resized_and_cropped_as_torchvision_does(size):
     assert np.abs(difference).mean() < 4  # where the crop falls differs by half a pixel at most
 
 
-def test_shrinking_averages_instead_of_picking():
-    stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(decode(encoded(Image.fromarray(stripes), "PNG"), 32).astype(int) - 127).max() <= 8
-
-
 def test_a_large_jpeg_looks_the_same_at_a_fraction():
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,14 +142,6 @@ def test_verify_finds_what_broke_after_the_check(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "coco", "--data-dir", tmp_path, "--verify")
     assert "1 unreadable image skipped" in capsys.readouterr().out
     assert set(load_target("coco", "train", data_dir=tmp_path, limit=4).skipped) == {0}
-
-
-@pytest.mark.usefixtures("cache")
-def test_image_ids_say_which_rows_show_the_same(tmp_path):
-    make_coco(tmp_path, images=3, captions=4)
-    data = load_target("coco", "train", data_dir=tmp_path)
-    assert data.image_ids.tolist() == [int(caption.split()[1][:-1]) for caption in data.captions]
-    assert Counter(data.image_ids.tolist()) == {0: 4, 1: 4, 2: 4}
 
 
 @pytest.mark.usefixtures("cache")
@@ -354,13 +345,6 @@ def test_the_command_line_describes_a_target(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "checked 12 of them" in out
     assert "unreadable: train2014/COCO_train2014_000000000005.jpg: " in out
-
-
-@pytest.mark.usefixtures("cache")
-def test_the_command_line_describes_a_folder(tmp_path, monkeypatch, capsys):
-    make_folder(tmp_path / "mine", [(f"{k}.jpg", f"picture {k}") for k in range(40)])
-    run(monkeypatch, tmp_path / "mine")
-    assert "mine: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["emoji"], ["coco"], ["."]])

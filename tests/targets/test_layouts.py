@@ -13,11 +13,9 @@ from small_data import (
     jpeg,
     make_coco,
     make_folder,
-    make_shard,
     make_shards,
     make_tsv,
     number_in,
-    sample,
     write,
 )
 
@@ -114,65 +112,6 @@ def test_coco_without_any_image(tmp_path):
     refused("coco", tmp_path, "no captioned images", "train2014 has no files): 4")
     (tmp_path / "train2014").rmdir()
     refused("coco", tmp_path, "train2014", "--download")
-
-
-# ---- text, in every layout ----
-
-MARK = b"\xef\xbb\xbf"  # a byte-order mark
-
-
-def marked(path: Path) -> None:
-    write(path, MARK + path.read_bytes())
-
-
-@pytest.mark.parametrize("layout", ["coco", "tsv", "shards", "jsonl", "csv"])
-def test_a_byte_order_mark_is_no_part_of_a_caption(layout, tmp_path):
-    target, data_dir = {"coco": "coco", "tsv": "cc3m", "shards": "cc3m"}.get(layout, ""), tmp_path
-    if layout == "coco":
-        make_coco(tmp_path, images=3)
-        marked(captions_file(tmp_path))
-    elif layout == "tsv":
-        make_tsv(tmp_path, rows=3)
-        marked(tmp_path / "Train_GCC-training.tsv")
-        for path in tmp_path.rglob("*.txt"):
-            marked(path)
-    elif layout == "shards":
-        files = sample(0) | sample(1)
-        files["000000000.txt"] = MARK + files["000000000.txt"]
-        make_shard(tmp_path / "train" / "0.tar", files)
-    else:
-        rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
-        make_folder(tmp_path, rows)
-        if layout == "csv":
-            (tmp_path / "metadata.jsonl").unlink()
-            lines = ["file_name,text", *map(",".join, rows)]
-            write(tmp_path / "metadata.csv", "\n".join(lines))
-        marked(tmp_path / f"metadata.{layout}")
-        target = str(tmp_path)
-    data = load_target(target, "train", data_dir=data_dir)
-    assert numbers(data) == shown(data) and data.captions[0].startswith("picture")
-    assert not data.notes
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_what_ends_a_line_and_what_does_not(end, tmp_path):
-    texts = [f"picture {k}\u2028by\x85the\x0bsea" for k in range(4)]
-    for k in range(4):
-        write(tmp_path / "train" / "00000" / f"{k:09d}.jpg", jpeg(k))
-        write(tmp_path / "mine" / "train" / f"{k}.jpg", jpeg(k))
-    write(tmp_path / "mine" / "validation" / "5.jpg", jpeg(5))
-    tsv = [f"{text}\thttp://x" for text in texts]
-    write(tmp_path / "Train_GCC-training.tsv", end.join(tsv))
-    names = [*(f"train/{k}.jpg" for k in range(4)), "validation/5.jpg"]
-    rows = [
-        json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
-        for name, text in zip(names, [*texts, "x"], strict=True)
-    ]
-    write(tmp_path / "mine" / "metadata.jsonl", end.join(rows).replace("\x0b", "\\u000b"))
-    for target in ("cc3m", str(tmp_path / "mine")):
-        data = load_target(target, "train", data_dir=tmp_path)
-        assert data.captions == [f"picture {k} by the sea" for k in range(4)]
-        assert shown(data) == [0, 1, 2, 3]
 
 
 # ---- cc3m, TSV and folder ----
@@ -293,21 +232,6 @@ def test_both_parts_have_images_and_membership_is_the_names_alone(names):
     assert splits == splits_of(names[::-1])[::-1]
     if splits.count("validation") > 1:  # more images move none of those that were held out
         assert splits_of([*names, *(f"c{k}" for k in range(200))])[: len(names)] == splits
-
-
-def test_about_a_tenth_is_held_out():
-    splits = splits_of([f"{k}.png" for k in range(20_000)])
-    assert splits.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
-
-
-def test_a_third_folder_is_in_neither_split(tmp_path):
-    """By hash, some of `validation/` would be trained on."""
-    rows = [("train/1.jpg", "picture 1"), ("validation/2.jpg", "picture 2")]
-    make_folder(tmp_path, [*rows, ("test/3.jpg", "picture 3"), ("4.jpg", "picture 4")])
-    for split, number in (("train", 1), ("validation", 2)):
-        data = load_target(str(tmp_path), split)
-        assert numbers(data) == [number]
-        assert data.notes == {"image in neither train/ nor validation/": 2}
 
 
 def test_a_csv_is_read_like_jsonl(tmp_path):

@@ -110,22 +110,6 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
     assert right < wrong
 
 
-def test_noised_samples_follow_the_schedule(teacher):
-    """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v, from the definitions of x_t and v."""
-    x0 = torch.randn(16, 8, 8, 8)
-    batch = add_noise(teacher, x0, Conditions(torch.zeros(16, 1, 384)), step_generator(0, "test"))
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    abar = torch.cumprod(1 - betas, 0)[batch.t].float()[:, None, None, None]
-    assert torch.allclose(
-        abar.sqrt() * batch.sample - (1 - abar).sqrt() * batch.target, x0, atol=1e-4
-    )
-
-
-def test_unknown_teacher():
-    with pytest.raises(UserError, match=r"dalle.*pocket"):
-        load_teacher("dalle")
-
-
 WAYS = {
     "memory": {},
     "text on demand": {"in_memory": 100_000},

@@ -11,8 +11,6 @@ from small_pipelines import write_pipeline
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.randomness import step_generator
-from gates import binarize
-from prune_unet import attach_gates, cut_expert, find_units, load_expert, save_expert
 from targets.images import load_target
 from teacher.conditions import Conditions
 from teacher.encoded import encode_target
@@ -96,34 +94,6 @@ def test_a_dropped_caption_takes_both_of_its_encodings_and_no_size(teacher):
     assert torch.equal(found.time_ids, conditions.time_ids)
 
 
-def test_an_expert_cut_saved_and_loaded_is_the_gated_unet(teacher, tmp_path):
-    conditions = teacher.conditions(PROMPTS, torch.tensor([[30, 40, 0, 3], [500, 375, 4, 0]]))
-    batch = add_noise(teacher, torch.randn(2, 4, 8, 8), conditions, step_generator(0, "test"))
-    space = find_units(teacher.unet)
-    logits = torch.rand(space.size, generator=torch.Generator().manual_seed(3))
-    code = binarize(logits, space, threshold=1 / 3)
-    gates = attach_gates(teacher.unet, space)
-    with torch.no_grad():
-        dense = teacher.unet(**batch.inputs()).sample
-        gates.set_gates(code.repeat(2, 1))
-        gated = teacher.unet(**batch.inputs()).sample
-        gates.detach()
-        tensors = cut_expert(teacher.unet, code, space).state_dict()
-        save_expert(tmp_path / "0.safetensors", tensors, teacher.unet.config, code, space)
-        expert, _ = load_expert(tmp_path / "0.safetensors")
-        found = expert(**batch.inputs()).sample
-        elsewhere = batch.conditions.time_ids.flip(0)
-        told = Conditions(batch.conditions.text, batch.conditions.pooled, elsewhere)
-        other = expert(batch.sample, batch.t, **told.unet_inputs()).sample
-    assert torch.allclose(found, gated, atol=1e-5) and not torch.allclose(found, dense, atol=1e-2)
-    assert not torch.allclose(found, other, atol=1e-5)  # sizes are read
-    before = teacher.generate(PROMPTS, (0, 1), 2)
-    assert all(
-        image.size == (16, 16) for image in teacher.generate(PROMPTS, (0, 1), 2, None, expert)
-    )
-    assert before[0] == teacher.generate(PROMPTS, (0, 1), 2)[0]
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("upcast", [True, False])
 def test_the_autoencoder_stays_fp32_where_the_folder_says_so(folder, tmp_path, precision, upcast):
@@ -170,10 +140,6 @@ FAULTS = {
     "inpainting": (index(_class_name="StableDiffusionXLInpaintPipeline"), "Inpaint"),
     "inpainting U-Net": (nine_channels, "latents have width 9, and its autoencoder's are 4"),
     "IP adapter": (unet(encoder_hid_dim_type="ip_image_proj"), "ip_image_proj"),
-    "image encoder": (
-        index(image_encoder=["transformers", "CLIPVisionModelWithProjection"]),
-        "image_encoder.*IP adapter",
-    ),
     "text alone": (
         unet(addition_embed_type=None),
         "addition_embed_type is None, unlike a StableDiffusionXLPipeline",

@@ -7,7 +7,6 @@ import pytest
 from bench.units import Table, describe
 from common.errors import UserError
 from common.ranges import check
-from macs import measure_macs
 from teacher.shapes import ASSETS, load_shape
 
 
@@ -15,10 +14,7 @@ from teacher.shapes import ASSETS, load_shape
     ("name", "depth", "pixels"),
     [
         ("sd15", "paper", 512),
-        ("sd21-base", "paper", 512),
-        ("sd21", "all", 768),
-        ("sdxl", "paper", 1024),
-        ("pocket", "paper", 64),
+        ("sdxl", "all", 1024),
         ("pocket", "none", 64),
     ],
 )
@@ -44,20 +40,12 @@ def test_the_first_level_of_sd21_by_hand():
     assert levels["mid_block"]["units"] == 2 * 32 + 2 * 20 + 32
 
 
-def test_text_tokens_count_in_the_exact_macs_only():
-    short, long = describe("pocket", text_tokens=1), describe("pocket", text_tokens=77)
-    assert short["macs"] < long["macs"]
-    assert short["macs_paper"] == long["macs_paper"]
-
-
 def test_a_folder_with_a_unet_or_a_pipeline_will_do(tmp_path):
     config = (ASSETS / "unets" / "sd21.json").read_text()
     for folder in (tmp_path / "unet", tmp_path):  # the second holds the first
         folder.mkdir(exist_ok=True)
         (tmp_path / "unet" / "config.json").write_text(config)
         assert sum(p.numel() for p in load_shape(str(folder)).parameters()) == 865_910_724
-    macs = measure_macs(load_shape(str(tmp_path)), latent_size=32)
-    assert macs.dense == describe("sd21", 256)["macs"]
 
 
 @pytest.mark.parametrize(
