@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cache import cache_folder, kept_rows, rows_key
+from common.cache import cache_folder, kept_rows, mapped_rows, rows_key
 from common.errors import UserError
 from common.hub import content_hash, model_folder, refuse_pickles
 
@@ -131,6 +131,23 @@ def test_processes_share_the_work_and_end_with_the_same_rows(folder, monkeypatch
     assert shares[0].asked == [*range(10), *range(20, 30)]
     assert shares[1].asked == [*range(10, 20), *range(30, 35)]
     assert all(torch.equal(rows, expected(35)) for rows in ends)
+
+
+@pytest.mark.parametrize("rows", [9, 35])
+def test_joined_parts_are_one_file(folder, rows):
+    """A damaged one is made again."""
+    options = {"part": 10, "batch": 4, "what": "squares"}
+
+    def mapped(compute):
+        return mapped_rows("squares", rows, compute, **options)
+
+    first, second, third = Squares(), Squares(), Squares()
+    assert torch.equal(mapped(first), expected(rows))
+    (path,) = folder.iterdir()
+    assert torch.equal(mapped(second), expected(rows)) and second.asked == []
+    path.unlink()
+    path.write_bytes(b"")
+    assert torch.equal(mapped(third), expected(rows)) and third.asked == list(range(rows))
 
 
 @given(st.lists(st.text(), max_size=4), st.lists(st.text(), max_size=4), st.text(max_size=3))
