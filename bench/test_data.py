@@ -96,17 +96,17 @@ def test_host_work(benchmark, report_ratio, tmp_path, monkeypatch, device):
     )
     steps = {"warmup_steps": STEPS, "joint_steps": 0, "save_every": STEPS}
     cfg = replace(PAPER, **steps, importance_start=False, out=tmp_path)
-    setup = setup_of(cfg, teacher, z, encoded, unet)
+    setup, starts = setup_of(cfg, teacher, z, encoded, unet), []
 
     def sleep(step, z, batch, noise, *, warmup, experts=None):
+        starts.append(time.perf_counter())
         time.sleep(SLEEP)
         return dict.fromkeys(train.TERMS, 0 * step.router.codes.sum())
 
     monkeypatch.setattr(train.PruningStep, "__call__", sleep)
 
-    def host():
-        _, seconds = train.optimise(setup)
-        return seconds["warmup"] / STEPS - SLEEP
-
-    seconds = benchmark.pedantic(host, rounds=1)
-    report_ratio("host work at 2.5 M rows / a step of 0.5 s", seconds / SLEEP, 0.05)
+    clock = time.perf_counter()
+    benchmark.pedantic(lambda: train.optimise(setup), rounds=1)
+    first, seconds = starts[0] - clock, (starts[-1] - starts[0]) / (STEPS - 1) - SLEEP
+    what = f"host work at 2.5 M rows / a step of 0.5 s (before the first step {first:.2f} s)"
+    report_ratio(what, seconds / SLEEP, 0.05)
