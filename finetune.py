@@ -33,11 +33,19 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
+from common.ahead import ahead
 from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, remove_leftovers, save_tensors
 from common.options import read_options
-from common.processes import leave_processes, pick_device, rank, start_processes, world_size
+from common.processes import (
+    check_agreement,
+    leave_processes,
+    pick_device,
+    rank,
+    start_processes,
+    world_size,
+)
 from common.randomness import batch_rows, step_generator
 from common.ranges import check
 from gates import ArchSpace
@@ -180,10 +188,14 @@ def optimise(
     bar = trange(
         first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {name}", position=rank()
     )
-    for step in bar:
-        generator = step_generator(cfg.seed, f"finetune {name}", step)
+
+    def make(step: int) -> tuple[Tensor, Noised]:
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]  # (b,)
-        batch = task.batch(pick, generator)
+        return pick, task.batch(pick, step_generator(cfg.seed, f"finetune {name}", step))
+
+    prepared = ahead(make, range(first, cfg.steps), teacher.device)
+    for step in bar:
+        pick, batch = next(prepared)
         optimizer.zero_grad(set_to_none=True)
         own = None if gates is None else (gates, task.codes[task.experts[pick]])
         terms = finetuning_step(teacher, student, recorders, batch, cfg, own)
@@ -301,7 +313,7 @@ def prepare(cfg: Finetuning, run: Path) -> Task:
         space=space,
         codes=codes,
         experts=torch.tensor(assigned["train"]),
-        data=encode_target(teacher, data, cache_latents=settings["cache_latents"]),
+        data=encode_target(teacher, data),
         empty=teacher.empty_conditions().to("cpu"),
     )
 
@@ -344,10 +356,15 @@ def finetune(cfg: Finetuning) -> None:
         print(f"{run}: all that was asked for is fine-tuned already")
         return
     task = prepare(cfg, run)
+    check_agreement(hash(tuple(todo)) % 2**48, "which experts are done", task.teacher.device)
     leave_processes()  # from here on nothing is shared, and none waits for another
     if cfg.shared:
         finetune_shared(task)
-    for i in [i for i in wanted[rank() :: world_size()] if i in todo]:
+        return
+    mine = todo[rank() :: world_size()]
+    if not mine:
+        print(f"process {rank()} has no expert: {len(todo)} for {world_size()} processes")
+    for i in mine:
         clock = time.time()
         finetune_expert(task, i)
         learned = ""

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class CostModel:
     members: Tensor  # (W, L) float64: 1 where a width unit belongs to a layer
     knots: Tensor  # (L, K) float64: kept units from which on another one costs ...
     bends: Tensor  # (L, K) float64: ... this much more than before
+    copies: dict[torch.device, list[Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Gates (..., D), soft or binary -> cost (...,). Differentiable.
@@ -60,18 +64,22 @@ class CostModel:
         On the CPU it is float64, and MACs are exact for binary gates; elsewhere float32, as not
         every device has more.
         """
-        dtype = torch.float64 if codes.device.type == "cpu" else torch.float32
-        fixed, regions, members, knots, bends = (
-            t.to(codes.device, dtype)
-            for t in (self.fixed, self.regions, self.members, self.knots, self.bends)
-        )
-        widths, depths = codes.to(dtype).split([len(members), len(fixed) - 1], dim=-1)
+        fixed, regions, members, knots, bends = self.constants(codes.device)
+        widths, depths = codes.to(fixed.dtype).split([len(members), len(fixed) - 1], dim=-1)
         kept = widths @ members  # (..., L)
         by_layer = (F.relu(kept[..., None] - knots) * bends).sum(-1)  # (..., L)
         by_region = by_layer @ regions + fixed  # (..., 1 + M)
         return by_region[..., 0] + (depths * by_region[..., 1:]).sum(-1)  # (...,)
 
-    @property
+    def constants(self, device: torch.device) -> list[Tensor]:
+        """Its tensors on a device, moved there once."""
+        if device not in self.copies:
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            own = (self.fixed, self.regions, self.members, self.knots, self.bends)
+            self.copies[device] = [tensor.to(device, dtype) for tensor in own]
+        return self.copies[device]
+
+    @cached_property
     def dense(self) -> float:
         """Cost of the unpruned U-Net."""
         return float(self(torch.ones(self.space.size)))
@@ -202,11 +210,12 @@ def prunable_macs(layer: Layer, macs: Counter[str]) -> int:
 
 
 @torch.no_grad()
-def budget_shift(logits: Tensor, temperature: float, cost: CostModel, T_d: float) -> float:
+def budget_shift(logits: Tensor, temperature: float, cost: CostModel, T_d: float) -> Tensor:
     """The number which, added to all logits, makes their soft gates cost T_d on average.
 
-    T grows with the shift, so bisection finds it, to a millionth of the logits' range. A budget of
-    the whole model leaves nothing to hold: 0.
+    T grows with the shift, so bisection finds it, to a millionth of the logits' range; a scalar on
+    the logits' device, for which nothing waits. A budget of the whole model leaves nothing to hold:
+    0.
 
     Args:
         logits: with their noise, (B, D).
@@ -214,14 +223,15 @@ def budget_shift(logits: Tensor, temperature: float, cost: CostModel, T_d: float
         cost: T(a) of the U-Net.
         T_d: the budget, in the unit of `cost`.
     """
+    dtype = torch.float64 if logits.device.type == "cpu" else torch.float32
+    reach = logits.abs().max().to(dtype) + 20 * temperature  # -reach closes all gates, reach opens
     if T_d >= cost.dense:
-        return 0.0
-    reach = logits.abs().max().item() + 20 * temperature  # -reach closes all gates, reach opens
+        return torch.zeros_like(reach)
     low, high = -reach, reach
     for _ in range(24):
         middle = (low + high) / 2
-        over = cost(torch.sigmoid((logits + middle) / temperature)).mean().item() > T_d
-        low, high = (low, middle) if over else (middle, high)
+        over = cost(torch.sigmoid((logits + middle) / temperature)).mean() > T_d
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     return (low + high) / 2
 
 

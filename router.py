@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.cache import kept_rows, rows_key
+from common.cache import mapped_rows, rows_key
 from common.hub import (
     MAX_PROMPT_CHARACTERS,
     PROMPT_ENCODERS,
@@ -70,9 +70,9 @@ class PromptEncoder:
         return F.normalize(z.detach().clone().float().cpu(), dim=-1)
 
     def embeddings(self, captions: Sequence[str]) -> Tensor:
-        """z of captions, (rows, dz): from the cache, or computed into it."""
+        """z of captions, (rows, dz): mapped from the cache, or computed into it first."""
         key = rows_key(self.fingerprint, lines=captions)
-        parts = kept_rows(
+        return mapped_rows(
             f"embeddings-{key}",
             len(captions),
             lambda batches: (self([captions[row] for row in rows.tolist()]) for rows in batches),
@@ -80,7 +80,6 @@ class PromptEncoder:
             batch=512,
             what="embedding captions",
         )
-        return torch.cat(parts)
 
 
 def content_map(z: Tensor, images: Tensor, ridge: float = 0.1) -> Tensor:
@@ -161,7 +160,7 @@ class PromptRouter(nn.Module):
         self.codes.copy_(logits.expand_as(self.codes))
 
     @torch.no_grad()
-    def shift(self, amount: float) -> None:
+    def shift(self, amount: float | Tensor) -> None:
         """Add one number to all D logits of every e and every code; routing stays as it is."""
         self.predictor.bias.add_(amount)
         self.codes.add_(amount)

@@ -33,7 +33,13 @@ from torch import Tensor
 from common.checkpoint import refuse_other_settings
 from common.errors import UserError
 from common.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from common.processes import check_agreement, from_first, pick_device, start_processes
+from common.processes import (
+    check_agreement,
+    from_first,
+    local_rows,
+    pick_device,
+    start_processes,
+)
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
 from latency import Place, latency_model, measure_table, meet_in_time, read_table
@@ -54,7 +60,7 @@ NEEDED = {  # what scripts read of a run, by its file
         *("target", "teacher", "resolution", "macs_resolution", "budget", "num_experts"),
         *("experts", "macs_dense", "macs_ratio_mean", "usage_train", "usage_validation"),
     ),
-    "config.json": ("target", "data_dir", "limit", "seed", "depth", "cache_latents"),
+    "config.json": ("target", "data_dir", "limit", "seed", "depth"),
     "assignments.json": ("train", "validation"),
 }
 
@@ -130,6 +136,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     Raises:
         UserError: something is missing, too small, or does not fit.
     """
+    local_rows(cfg.batch_size)  # too many processes are refused before anything is loaded
     device = start_processes(pick_device(cfg.device))
     table = given_table(cfg)
     pixels = cfg.resolution or (EMOJI_SIZE if cfg.target == "emoji" else PAPER_PIXELS)
@@ -163,7 +170,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
     if cfg.by_content:
         wordings, images = data.wordings(WORDINGS_OF)
         content = content_map(encoder.embeddings(wordings), images)
-    encoded = encode_target(teacher, data, cache_latents=cfg.cache_latents)
+    encoded = encode_target(teacher, data)
     return Setup(
         cfg=cfg,
         teacher=teacher,

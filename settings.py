@@ -129,8 +129,6 @@ class Pruning:
     """Prompts in the U-Net at once (paper: 64)."""
     checkpointing: bool = False
     """Less memory, but one more forward in each step."""
-    cache_latents: bool = False
-    """Keep a large target's latents on disk."""
     save_every: Count = 20
     """Steps between checkpoints."""
     dry_run: bool = False

@@ -29,13 +29,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import trange
 
 import losses
+from common.ahead import ahead, to_device
 from common.checkpoint import Checkpoint
 from common.errors import command_line
 from common.files import MetricsLog, read_json
@@ -86,7 +88,7 @@ class PruningStep:
         self,
         z: Tensor,
         batch: Noised,
-        generator: torch.Generator,
+        noise: Tensor,
         *,
         warmup: bool,
         experts: Tensor | None = None,
@@ -96,7 +98,7 @@ class PruningStep:
         Args:
             z: prompt embeddings of the whole batch, (B, dz).
             batch: noised latents of this process's rows of it (`local_rows`), (b, ...).
-            generator: the step's randomness, the same in every process.
+            noise: of Gumbel, for the whole batch, (B, D), the same in every process.
             warmup: each prompt is pruned by its own architecture e'.
             experts: of the prompts, (B,); the transport assigns them if absent.
         """
@@ -107,7 +109,6 @@ class PruningStep:
                 e, eps=cfg.eps, iterations=cfg.sinkhorn_iterations, transport=cfg.transport
             )
         logits = e if experts is None else router.codes_of(experts)  # (B, D), Eqs. 8, 21
-        noise = gumbel_noise(e.shape, generator=generator, device=e.device)  # (B, D)
         shift = self.hold_budget(logits + noise)
         e_prime = gumbel_sigmoid(e + shift, cfg.gumbel_temp, noise=noise)  # (B, D), Eq. 12
         a = gumbel_sigmoid(logits + shift, cfg.gumbel_temp, noise=noise)  # (B, D), Eq. 9
@@ -136,13 +137,13 @@ class PruningStep:
             "contrastive": contrastive,
             "cost_ratio": mean_cost / self.cost.dense,
             "lambda_res": lambda_res,
-            "perplexity": perplexity(torch.arange(B) if experts is None else experts.cpu()),
+            "perplexity": perplexity(torch.arange(B).to(e.device) if experts is None else experts),
         }
 
-    def hold_budget(self, noisy_logits: Tensor) -> float:
-        """Move the router so that T(A) = T_d: by how much e and all codes have risen, a number."""
+    def hold_budget(self, noisy_logits: Tensor) -> Tensor:
+        """Move the router so that T(A) = T_d: by how much e and all codes have risen, a scalar."""
         if not self.cfg.hold_budget:
-            return 0.0
+            return noisy_logits.new_zeros(())
         shift = budget_shift(noisy_logits.detach(), self.cfg.gumbel_temp, self.cost, self.T_d)
         self.router.shift(shift)
         return shift
@@ -156,7 +157,8 @@ class PruningStep:
         multiplier is the one for which a step along Eq. 15's gradient keeps T(A).
         """
         if not self.cfg.hold_budget:
-            return losses.resource_loss(mean_cost, self.T_d), torch.tensor(self.cfg.lambda_res)
+            lambda_res = mean_cost.new_full((), self.cfg.lambda_res)
+            return losses.resource_loss(mean_cost, self.T_d), lambda_res
         trained = [p for p in self.router.parameters() if p.requires_grad]
 
         how: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
@@ -242,6 +244,36 @@ def perplexity(architectures: Tensor) -> Tensor:
 # ---- all steps ----
 
 
+class Batch(NamedTuple):
+    """What a step is given: see `PruningStep`."""
+
+    z: Tensor
+    noised: Noised
+    noise: Tensor
+    experts: Tensor | None
+
+
+def batches(setup: Setup, steps: range, clusters: Tensor | None = None) -> Iterator[Batch]:
+    """The batch of each step, a function of (seed, step); the next is prepared while one runs.
+
+    Args:
+        clusters: the expert of each training row, (rows,), if it is not learned.
+    """
+    cfg, z, device = setup.cfg, setup.z, setup.teacher.device
+    local, D = local_rows(cfg.batch_size), setup.space.size
+
+    def make(step: int) -> Batch:
+        generator = step_generator(cfg.seed, "train", step)
+        rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
+        noised = setup.noised(rows[local], generator, local)
+        noise = gumbel_noise((len(rows), D), generator=generator)
+        given = None if clusters is None or step < cfg.warmup_steps else clusters[rows]
+        experts = None if given is None else to_device(given, device)
+        return Batch(to_device(z[rows], device), noised, to_device(noise, device), experts)
+
+    return ahead(make, steps, device)
+
+
 def train(cfg: Pruning) -> dict[str, Any]:
     """Run (or go on with) the pruning stage.
 
@@ -292,7 +324,7 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     barrier()  # all have read the checkpoint before it is written again
     step_of = PruningStep(cfg, teacher, router, attach_gates(teacher.unet, setup.space), setup.cost)
     log = MetricsLog(cfg.out / "metrics.csv", TERMS, first) if rank() == 0 else None
-    local = local_rows(cfg.batch_size)
+    prepared = batches(setup, range(first, steps), clusters)
     bar = trange(first, steps, initial=first, total=steps, desc="pruning", disable=rank() > 0)
     try:
         for step in bar:
@@ -301,16 +333,14 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
                 router.start_codes(z, seed=cfg.seed, transport=cfg.transport, clusters=clusters)
             # keys are fixed in the joint phase; so that routing is too, W stays as it is
             router.predictor.weight.requires_grad_(warmup or not cfg.own_keys)
-            generator = step_generator(cfg.seed, "train", step)
-            rows = batch_rows(len(z), cfg.batch_size, cfg.seed, step)
-            batch = setup.noised(rows[local], generator, local)
-            given = None if warmup or clusters is None else clusters[rows].to(teacher.device)
+            batch = next(prepared)
             terms = step_of(
-                z[rows].to(teacher.device), batch, generator, warmup=warmup, experts=given
+                batch.z, batch.noised, batch.noise, warmup=warmup, experts=batch.experts
             )
-            values = {name: terms[name].item() for name in TERMS}
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
+            found = torch.stack([terms[name].detach() for name in TERMS])  # copied at once
+            values = dict(zip(TERMS, found.tolist(), strict=True))
             advice = "try a lower --lr or --precision fp32, and another --out"
             checkpoint.guard(step, values["loss"], router.parameters(), advice)
             rise, fall = (step + 1) / max(1, cfg.lr_warmup), steps - step

@@ -4,26 +4,42 @@ The hours follow from exact MACs and the numbers of steps. A multiply-accumulate
 point operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
 backward pass, which costs as much as a forward since the weights are frozen: three forwards. With
 checkpointing it is four. Fine-tuning trains weights: the teacher forward, the expert forward, and
-twice the expert's forward for its backward pass. Autoencoder and text encoder are left out.
+twice the expert's forward for its backward pass. What autoencoder and text encoder take is told
+apart: an image is encoded once, a caption too where all of them fit into memory.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from common.cache import cache_folder
+from common.files import read_json
 from latency import latency_model
 from macs import check_budget, measure_macs
 from prune_unet import example_inputs, find_units, meta_copy
 from run import PAPER_PIXELS, given_table
 from settings import Pruning, finetuning_of
+from teacher.encoded import SHARE
 from teacher.model import PRECISIONS
-from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, text_widths
+from teacher.parts import AutoencoderDC
+from teacher.shapes import ASSETS, CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, text_widths
 
 GIB = 2**30
 STEPS = 25  # of a sample, App. E.2 ...
 FORWARDS = 26  # ... for which PNDM takes one step twice
+ROWS = {"emoji": (3_488, 3_488), "coco": (82_783, 414_113), "cc3m": (2_500_000, 2_500_000)}
+# Transformers that make text states of a width: each one's width and layers
+TEXT_ENCODERS = {384: [(384, 6)], 768: [(768, 12)], 1024: [(1024, 23)]}
+TEXT_ENCODERS[2048] = [(768, 12), (1280, 32)]
+SD_AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
 
 
 def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) -> int:
@@ -46,6 +62,53 @@ def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def encoder_macs(cfg: Pruning, width: int, pixels: int, tokens: int) -> tuple[int, int]:
+    """MACs of encoding one image, and one caption to text states of a width."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        if cfg.teacher == "pocket":
+            vae = AutoencoderDC.from_config(read_json(ASSETS / "pocket" / "vae" / "config.json"))
+        else:
+            vae = AutoencoderKL(**SD_AUTOENCODER)
+        vae.encode(torch.empty(1, 3, pixels, pixels))
+    # a layer: four projections and a feed-forward of four times the width; attention's two products
+    caption = sum(
+        layers * (12 * tokens * own**2 + 2 * tokens**2 * own)
+        for own, layers in TEXT_ENCODERS.get(width, [])
+    )
+    return counter.get_total_flops() // 2, caption
+
+
+def what_is_encoded(
+    cfg: Pruning, unet: UNet2DConditionModel, pixels: int, tokens: int, used: int
+) -> str:
+    """What encoding takes, and where it is kept, several lines.
+
+    Args:
+        used: captions that all steps use.
+    """
+    states, pooled = text_widths(unet.config)
+    image, caption = encoder_macs(cfg, states, pixels, tokens)
+    width = torch.empty((), dtype=PRECISIONS[cfg.precision]).element_size()
+    of_latents = 4 * unet.config.in_channels * (pixels // PIXELS) ** 2
+    of_text = width * (tokens * states + pooled)
+    head = (
+        f"encoding     {image / 1e9:.1f} G MACs an image, once: its latents are kept in "
+        f"{cache_folder()}\n  captions   {caption / 1e9:.1f} G, once where 1/{SHARE} of the free "
+        "memory holds them all, else in every step\n"
+    )
+    if cfg.target not in ROWS:
+        return head + f"  disk       {of_latents / 1024:.0f} KiB an image\n"
+    images, captions = (min(count, cfg.limit or count) for count in ROWS[cfg.target])
+    once, again = images * image + captions * caption, images * image + used * caption
+    rate = cfg.tflops * 1e12 * 3600 / 2
+    return f"""{head}\
+  in all     {images:,} images and {captions:,} captions: {once / 1e15:.3g} P MACs, \
+{once / rate:.2g} hours of one GPU; {again / rate:.2g} with captions in every step
+  disk       {images * of_latents / GIB:.3g} GiB of latents, mapped by all processes and runs
+  memory     {captions * of_text / GIB:.3g} GiB a process hold all captions ({cfg.precision})
+"""
 
 
 def what_is_pruned(cfg: Pruning, unet: UNet2DConditionModel, tokens: int) -> str:
@@ -138,6 +201,7 @@ fine-tuning  {cfg.num_experts} experts x {tuning.steps} steps x {tuning.batch_si
 {tuning_hours / cfg.num_experts:.1f} an expert
   memory     {(weights + 4 * expert) / GIB:.1f} GiB of weights, gradients and moments
 
+{what_is_encoded(cfg, unet, pixels, tokens, steps * cfg.batch_size + images)}
 disk         {cfg.num_experts * expert / GIB:.1f} GiB of experts, {3 * expert / GIB:.1f} GiB of a \
 checkpoint while one is fine-tuned
 """

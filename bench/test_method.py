@@ -14,6 +14,7 @@ import torch
 
 import losses
 from bench.costs import random_unet
+from gates import gumbel_noise
 from macs import measure_macs
 from prune_unet import BlockRecorder, attach_gates, example_inputs, meta_copy
 from router import PromptRouter
@@ -87,10 +88,11 @@ def stepper(unet, num_experts, batch):
     step = PruningStep(cfg, SimpleNamespace(unet=unet), router, gates, macs)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(len(batch.sample), PROMPT_DIM, generator=generator).to(batch.sample.device)
+    noise = gumbel_noise((len(z), gates.space.size), generator=generator, device=z.device)
 
     def pruning():
         router.zero_grad()
-        step(z, batch, torch.Generator().manual_seed(0), warmup=False)["loss"].backward()
+        step(z, batch, noise, warmup=False)["loss"].backward()
 
     return pruning, step
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import load_tensors, remove_leftovers, save_tensors
-from common.processes import barrier, rank, world_size
+from common.processes import barrier, from_first, rank, world_size
+
+SHARED = (
+    "the processes have caches of their own; set XDG_CACHE_HOME to a folder that all machines share"
+)
 
 
 def rows_key(*facts: str, lines: Iterable[str] = ()) -> str:
@@ -85,14 +90,29 @@ def kept_rows(
         known = found.get(k)
         tensor = read_part(path, len(parts[k])) if known is None else known
         if tensor is None and not path.exists():  # another process has written it elsewhere
-            raise UserError(
-                f"{path} is missing: the processes have caches of their own; set XDG_CACHE_HOME to "
-                f"a folder that all machines share"
-            )
+            raise UserError(f"{path} is missing: {SHARED}")
         if tensor is None:
             raise UserError(f"{path} was damaged while it was in use; run the same command again")
         tensors.append(tensor)
     return tensors
+
+
+def mapped_rows(place: str, rows: int, *arguments: Any, **options: Any) -> Tensor:
+    """`kept_rows` as one tensor, mapped from one file, which all processes here share."""
+    path = cache_folder() / place / "rows.safetensors"
+    if from_first(lambda: read_part(path, rows) is None):
+        parts = kept_rows(place, rows, *arguments, **options)
+        if len(parts) == 1:
+            return parts[0]
+        if rank() == 0:
+            save_tensors(path, {"rows": torch.cat(parts)})
+        barrier()  # all have read the parts, too
+        for part in path.parent.glob("[0-9]*.safetensors") if rank() == 0 else ():
+            part.unlink()
+    whole = read_part(path, rows)
+    if whole is None:  # process 0 has just read it, or written it
+        raise UserError(f"{path} is missing or damaged: {SHARED}")
+    return whole
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.ahead import to_device
+
 TIME_IDS = 6
 
 
@@ -41,7 +43,7 @@ class Conditions:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditions:
         """On a device, text in this precision; time ids stay float32."""
-        moved = self.each(lambda part: part.to(device))
+        moved = self.each(lambda part: to_device(part, device))
         if dtype is None:
             return moved
         pooled = None if moved.pooled is None else moved.pooled.to(dtype)
@@ -53,6 +55,7 @@ class Conditions:
         Args:
             empty: conditions of one image, with the empty caption.
         """
+        dropped, empty = dropped.to(self.text.device), empty.to(self.text.device)
         text = torch.where(dropped[:, None, None], empty.text, self.text)
         pooled = self.pooled
         if pooled is not None:

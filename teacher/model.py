@@ -24,6 +24,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import Image
 from torch import Tensor, nn
 
+from common.ahead import to_device
 from common.errors import UserError
 from common.hub import lasting_name
 from common.ranges import check_choice
@@ -360,5 +361,8 @@ def add_noise(
     target = targets[schedule.config.prediction_type]()
     sample = schedule.add_noise(x0, noise, t)
     return Noised(
-        sample.to(device, dtype), t.to(device), conditions.to(device, dtype), target.to(device)
+        sample=to_device(sample.to(dtype), device),
+        t=to_device(t, device),
+        conditions=conditions.to(device, dtype),
+        target=to_device(target, device),
     )

@@ -102,6 +102,12 @@ def moved(module: nn.Module) -> None:
             part._parameters[name] = nn.Parameter(held, parameter.requires_grad)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """A mode is a thread's own: batches are prepared in the one that has it."""
+    monkeypatch.setattr(train, "ahead", lambda make, steps, device: map(make, steps))
+
+
 def pruned(setup: Setup, out: Path) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
     """The log of a training, its binary codes, and what is refitted of the first expert."""
     setup = dataclasses.replace(setup, cfg=dataclasses.replace(setup.cfg, out=out))

@@ -315,7 +315,6 @@ def test_a_target_of_too_few_images_is_refused_before_anything_is_loaded(tmp_pat
     settings = {
         "seed": 0,
         "depth": "paper",
-        "cache_latents": False,
         "limit": None,
         "data_dir": None,
     }

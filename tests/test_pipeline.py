@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_an_expert_is_tuned_on_its_own_prompts_from_the_teachers_own_weights(
 
     monkeypatch.setattr(finetune, "finetune_expert", finetune_expert)
     monkeypatch.setattr(finetune, "first_and_last", lambda *_: (1.0, 1.0))
-    monkeypatch.setattr(finetune, "encode_target", lambda teacher, data, **_: encoded.append(data))
+    monkeypatch.setattr(finetune, "encode_target", lambda teacher, data: encoded.append(data))
     finetune.finetune(Finetuning(run=folder, steps=5, precision=precision, device="cpu"))
     captions, pipeline = encoded[0].captions, sample.APTPPipeline.from_pretrained(run, "cpu")
     own = {i: [captions[row] for row in options["rows"]] for i, options in given.items()}
@@ -204,6 +205,7 @@ def test_processes_share_out_the_experts(run, tmp_path, monkeypatch):
     folder.mkdir()
     copy_run(run, folder)
     monkeypatch.setattr(finetune, "start_processes", lambda device: device)
+    monkeypatch.setattr(finetune, "is_finished", lambda *_: False)  # as when all start together
     monkeypatch.setenv("WORLD_SIZE", "2")
     for number in (1, 0):
         monkeypatch.setenv("RANK", str(number))
@@ -216,6 +218,21 @@ def test_processes_share_out_the_experts(run, tmp_path, monkeypatch):
     assert finetune.expert_path(folder, 1).read_bytes() == (
         finetune.expert_path(run, 1).read_bytes()
     )
+
+
+def test_processes_beyond_the_experts_say_so(run, monkeypatch, capsys):
+    """Of three experts one is done: the third of three processes has none, the others one each."""
+    made = []
+    monkeypatch.setattr(finetune, "prepare", lambda *_: Mock(experts=torch.zeros(3)))
+    monkeypatch.setattr(finetune, "is_finished", lambda path, *_: path.stem == "1")
+    monkeypatch.setattr(finetune, "finetune_expert", lambda _, i: made.append(i))
+    monkeypatch.setattr(finetune, "first_and_last", lambda *_: (1.0, 1.0))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        finetune.finetune(Finetuning(run=run, device="cpu"))
+    assert made == [0, 2]
+    assert "process 2 has no expert: 2 for 3 processes" in capsys.readouterr().out
 
 
 def test_sampling_is_routed_grouped_and_repeatable(run, tmp_path):

@@ -15,7 +15,7 @@ import finetune
 import importance
 import losses
 import train
-from gates import binarize
+from gates import binarize, gumbel_noise
 from macs import measure_macs
 from prune_unet import BlockRecorder, attach_gates, cut_expert, find_units
 from router import PromptRouter
@@ -77,7 +77,8 @@ def pruned(teacher: Any, batch: Noised, **options: Any) -> tuple[dict[str, Tenso
     alone = {"hold_budget": False, "lambda_res": 0.0, "lambda_cont": 0.0}
     cfg = Pruning(num_experts=N, batch_size=B, budget=0.6, **alone, **options)
     step = train.PruningStep(cfg, teacher, router, gates, macs)
-    terms = step(z, batch, torch.Generator().manual_seed(5), warmup=False)
+    noise = gumbel_noise((B, space.size), generator=torch.Generator().manual_seed(5))
+    terms = step(z, batch, noise, warmup=False)
     terms["loss"].backward()
     step.detach()
     return terms, gradients(router)

@@ -1,5 +1,6 @@
 """The pruning step against Eq. 15 written in one piece, and the same step shared out."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 import train
 from common.files import load_tensors
 from common.randomness import step_generator
+from gates import gumbel_noise
 from macs import CostModel, measure_macs
 from prune_unet import attach_gates, find_units
 from router import PromptRouter
@@ -50,6 +52,10 @@ class Batch(NamedTuple):
         return train.PruningStep(
             cfg, SimpleNamespace(unet=self.unet), self.router, gates, self.macs
         )
+
+    @property
+    def noise(self) -> Tensor:
+        return gumbel_noise((B, self.macs.space.size), generator=torch.Generator().manual_seed(5))
 
 
 def stop(step: train.PruningStep) -> None:
@@ -213,8 +219,7 @@ def check_step(batch: Batch, *, warmup: bool, **options: Any) -> None:
     # at a tau where the contrastive loss is no constant
     cfg = Pruning(**{"num_experts": N, "budget": BUDGET, "contrast_temp": 0.5, **options})
     step = batch.step(cfg)
-    draw = torch.Generator().manual_seed(5)
-    terms = step(batch.z, batch.noised, draw, warmup=warmup)
+    terms = step(batch.z, batch.noised, batch.noise, warmup=warmup)
     found = gradients(batch.router, terms["loss"])
     stop(step)
     # with a held budget, the step has moved the router: Eq. 15 is that of where it is now
@@ -251,12 +256,33 @@ def test_every_kind_of_step_is_eq_15(make_batch, options, of_router, warmup):
     check_step(make_batch(**of_router), warmup=warmup, **options)
 
 
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("budget", [0.45, 0.7, 0.9])
+def test_a_held_budget_leaves_nothing_along_its_price(make_batch, warmup, budget):
+    """The gradient of the trained parameters, and that of log T, are at right angles."""
+    batch = make_batch()
+    with torch.no_grad():  # a target that pruning only takes away from
+        dense = batch.unet(**batch.noised.inputs()).sample
+    batch = batch._replace(noised=dataclasses.replace(batch.noised, target=dense))
+    cfg = Pruning(num_experts=N, budget=budget, lambda_cont=0.0)
+    step = batch.step(cfg)
+    terms = step(batch.z, batch.noised, batch.noise, warmup=warmup)
+    found = gradients(batch.router, terms["loss"])
+    stop(step)
+    oracle = eq_15(batch, cfg, warmup=warmup)
+    of_T = gradients(batch.router, oracle.log_T)
+    assert oracle.lambda_res > 0
+    found, of_T = (torch.cat([g.flatten() for g in gs.values()]) for gs in (found, of_T))
+    assert found.norm() > 0
+    assert abs((found * of_T).sum()) < 1e-4 * found.norm() * of_T.norm()
+
+
 def test_the_whole_model_as_budget_moves_nothing(make_batch):
     """All gates open costs 1: no shift reaches it, and step after step would double the logits."""
     batch = make_batch()
     step = batch.step(Pruning(num_experts=N, budget=1.0))
     before = batch.router.predictor.bias.clone()
-    step(batch.z, batch.noised, torch.Generator(), warmup=True)
+    step(batch.z, batch.noised, batch.noise, warmup=True)
     assert torch.equal(batch.router.predictor.bias, before)
     stop(step)
 
@@ -284,8 +310,7 @@ def test_checkpointed_steps_have_the_same_gradients(make_batch):
     found = []
     for switch in ("disable_gradient_checkpointing", "enable_gradient_checkpointing"):
         getattr(batch.unet, switch)()
-        draw = torch.Generator().manual_seed(5)
-        terms = step(batch.z, batch.noised, draw, warmup=False)
+        terms = step(batch.z, batch.noised, batch.noise, warmup=False)
         found.append(gradients(batch.router, terms["loss"]))
     batch.unet.disable_gradient_checkpointing()
     check_same(found[1], found[0])
@@ -320,7 +345,7 @@ def test_a_samples_noise_is_its_own_however_the_batch_is_shared_out(smallest):
 
 
 def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
-    """A batch of 7 over 2 processes; one of them is killed half way, and the job started again."""
+    """A batch of 7 over 2 processes; one of them is killed half way, and one goes on alone."""
     cfg = Pruning(
         budget=0.7,
         num_experts=N,
@@ -352,7 +377,7 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0 and b"SIGKILL" in errors
     assert not (out / "summary.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment, timeout=400)
+    train.train(dataclasses.replace(cfg, out=out))
     one, two = (
         np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
         for folder in (cfg.out, out)

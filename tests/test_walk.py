@@ -185,6 +185,10 @@ def test_the_plan_of_a_preset_needs_neither_weights_nor_data(here):
     assert f"{macs / 1e15:.1f} P in all" in output
     assert f"{2 * macs / 125e12 / 3600:.1f} hours" in output
     assert "41.3 hours" in output and "8 experts" in output
+    # 82,783 latents of 4 x 32 x 32 float32, 414,113 text states of 77 x 1024 float32
+    assert "82,783 images" in output and "1.26 GiB of latents" in output
+    assert f"{414113 * 77 * 1024 * 4 / 2**30:.3g} GiB a process" in output
+    assert "136.4 G MACs an image" in output and "22.6 G, once" in output
     code, output, errors = here("train.py", "--preset", "coco-as-printed", "--dry-run")
     assert code == 0, errors
     assert "500 + 2500 steps" in output and "834.5 P in all" in output

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cache import cache_folder, kept_rows, rows_key
+from common.cache import cache_folder, kept_rows, mapped_rows, rows_key
 from common.errors import UserError
 from common.hub import content_hash, model_folder, refuse_pickles
 
@@ -113,6 +113,23 @@ def test_a_damaged_part_is_computed_again(folder, harm):
     assert torch.equal(keep(35, again), expected(35))
     lost = list(range(30, 35)) if harm == "other rows" else []
     assert again.asked == list(range(10, 20)) + lost
+
+
+@pytest.mark.parametrize("rows", [9, 35])
+def test_joined_parts_are_one_file(folder, rows):
+    """A damaged one is made again."""
+    options = {"part": 10, "batch": 4, "what": "squares"}
+
+    def mapped(compute):
+        return mapped_rows("squares", rows, compute, **options)
+
+    first, second, third = Squares(), Squares(), Squares()
+    assert torch.equal(mapped(first), expected(rows))
+    (path,) = folder.iterdir()
+    assert torch.equal(mapped(second), expected(rows)) and second.asked == []
+    path.unlink()
+    path.write_bytes(b"")
+    assert torch.equal(mapped(third), expected(rows)) and third.asked == list(range(rows))
 
 
 @given(*[st.lists(st.text(max_size=3), max_size=4)] * 2, st.text(max_size=3))

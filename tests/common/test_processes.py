@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESS = """
 import os, sys, torch
 from torch import distributed
-from common.cache import kept_rows
+from common.cache import kept_rows, mapped_rows
 from common.errors import UserError
 from common.processes import all_reduce, check_agreement, rank, start_processes
 
@@ -34,6 +34,9 @@ def rows(place):
     return torch.cat(kept_rows(place, 7, compute, part=2, batch=1, what="rows")).flatten().tolist()
 
 assert rows("shared") == list(range(7))
+for count in (1, 7):  # fewer than processes, and several for each
+    whole = mapped_rows(f"whole-{count}", count, compute, part=2, batch=1, what="rows")
+    assert whole.flatten().tolist() == list(range(count))
 os.environ["XDG_CACHE_HOME"] += f"/{rank()}"
 for fault in (lambda: check_agreement(10 * rank(), "the step", device), lambda: rows("apart")):
     try:

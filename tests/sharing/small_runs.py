@@ -49,7 +49,7 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
         save_expert(expert_path(folder, i), tensors, teacher.unet.config, codes[i], space)
     write_json(folder / "assignments.json", {"train": [0, 1, 2, 0], "validation": [0]})
     settings = {"target": "emoji", "data_dir": None, "limit": None, "seed": 0, "depth": depth}
-    write_json(folder / "config.json", settings | {"cache_latents": True})
+    write_json(folder / "config.json", settings)
     experts = [
         {
             "id": i,

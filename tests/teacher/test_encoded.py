@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.hub import minilm_folder
 from common.randomness import step_generator
 from targets.images import CaptionedImages, Unreadable, load_target
 from teacher.conditions import Conditions
-from teacher.encoded import encode_target, latents_key
+from teacher.encoded import encode_target, latents_key, spare_memory
 from teacher.model import Teacher, add_noise, load_teacher
 
 
@@ -110,46 +111,58 @@ def test_it_predicts_better_than_nothing_and_better_with_the_right_caption(teach
     assert right < wrong
 
 
-WAYS = {
-    "memory": {},
-    "text on demand": {"in_memory": 100_000},
-    "all on demand": {"in_memory": 0},
-    "disk": {"cache_latents": True},
-    "disk, text on demand": {"cache_latents": True, "in_memory": 0},
-}
+WAYS = {"kept": {}, "made on demand": {"in_memory": 0}}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_are_what_the_teacher_makes_of_them(teacher, cache, way):
+def test_rows_are_what_the_teacher_makes_of_them(teacher, cache, way, monkeypatch):
     """However they are kept, and in whatever order they are read."""
+    monkeypatch.setattr("teacher.encoded.PART", 4)
     data = target()
-    encoded = encode_target(teacher, data, batch=5, **WAYS[way])
+    encoded = encode_target(teacher, data, **WAYS[way])
     rows = torch.tensor([3, 11, 0, 5, 5, 2, 9])
     for some in (rows, rows.flip(0), torch.arange(12)):
         latents, conditions = encoded.batch(some)
-        text = conditions.text
         assert torch.allclose(latents, teacher.encode_images(data.images(some)), atol=1e-5)
         states = teacher.conditions([data.captions[row] for row in some.tolist()]).text
-        assert torch.allclose(text, states, atol=1e-5)
-        assert torch.equal(encoded.conditions[some].text, text)
+        assert torch.allclose(conditions.text, states, atol=1e-5)
+        assert torch.equal(encoded.conditions[some].text, conditions.text)
         assert torch.equal(encoded.latents[some], latents)
         assert latents.dtype == torch.float32
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_image_that_broke_after_the_check_is_one_line(teacher, cache, way):
+def test_an_image_that_broke_after_the_check_is_one_line(teacher, cache):
     with pytest.raises(UserError, match=r"image 9: no; .*--verify"):
-        encode_target(teacher, target(broken=9), batch=5, **WAYS[way]).batch(torch.tensor([3, 2]))
+        encode_target(teacher, target(broken=9))
     assert not list(cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_keeping_rows_are_what_they_say(teacher, cache, way):
-    data = target()
+def test_each_distinct_caption_is_encoded_once(teacher, cache, way, monkeypatch):
+    """Where conditions are kept; else once in a batch. 256 at a time, whatever the resolution."""
+    seen = []
+
+    def encode(self, prompts, frames=None):
+        seen.append(list(prompts))
+        return Conditions(torch.tensor([[[float(prompt[1:])]] for prompt in prompts]))
+
+    monkeypatch.setattr(Teacher, "conditions", encode)
+    data = dataclasses.replace(target(), captions=[f"n{row // 2}" for row in range(12)])
     encoded = encode_target(teacher, data, **WAYS[way])
-    assert isinstance(encoded.latents, torch.Tensor) == (way in ("memory", "text on demand"))
-    assert isinstance(encoded.conditions, Conditions) == (way in ("memory", "disk"))
-    assert len(list(cache.glob("latents-*"))) == ("disk" in way)
+    for _ in range(2):
+        found = encoded.conditions[torch.tensor([11, 0, 1, 10, 4])]
+        assert found.text.flatten().tolist() == [5, 0, 0, 5, 2]
+    assert [sorted(each) for each in seen] == (
+        [[f"n{k}" for k in range(6)]] if way == "kept" else [["n0", "n2", "n5"]] * 2
+    )
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Mock(available=800))
+    assert spare_memory() == 200
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert spare_memory() == 25
 
 
 def test_each_image_is_encoded_once_and_kept(teacher, cache, monkeypatch):
@@ -163,15 +176,15 @@ def test_each_image_is_encoded_once_and_kept(teacher, cache, monkeypatch):
     monkeypatch.setattr(Teacher, "encode_images", encode)
     monkeypatch.setattr("teacher.encoded.PART", 4)
     rows = torch.arange(12)
-    first = encode_target(teacher, target(), cache_latents=True, batch=3)
+    first = encode_target(teacher, target())
     assert sum(seen) == 6
-    again = encode_target(teacher, target(), cache_latents=True, batch=3)
+    again = encode_target(teacher, target())
     assert sum(seen) == 6
     assert torch.equal(first.latents[rows], again.latents[rows])
     part = next(cache.iterdir()) / "000001.safetensors"
     part.unlink()  # and not cut in place: the rows above are read from it
     part.write_bytes(b"")
-    repaired = encode_target(teacher, target(), cache_latents=True, batch=3)
+    repaired = encode_target(teacher, target())
     assert sum(seen) == 8 and torch.equal(repaired.latents[rows], first.latents[rows])
 
 
@@ -195,7 +208,7 @@ def test_each_image_alone_decides_which_latents_are_read(teacher):
 
 def test_other_images_sizes_and_autoencoders_have_latents_of_their_own(teacher, cache):
     def encode(some: Teacher, data: CaptionedImages) -> None:
-        encode_target(some, data, cache_latents=True)
+        encode_target(some, data)
 
     encode(teacher, target())
     encode(teacher, target())
