@@ -173,14 +173,14 @@ def optimise(
         student.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
     parts: dict[str, Any] = {"expert": student, "optimizer": optimizer}
-    checkpoint = Checkpoint(checkpoint_path(run, name), parts, made_with(cfg))
+    checkpoint = Checkpoint(checkpoint_path(run, name), parts, made_with(cfg), cfg.save_minutes)
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(student))
     log = MetricsLog(run / "experts" / f"{name}.csv", list(TERMS), first)
     bar = trange(
         first, cfg.steps, initial=first, total=cfg.steps, desc=f"expert {name}", position=rank()
     )
-    for step in bar:
+    for step in checkpoint.steps(bar):
         generator = step_generator(cfg.seed, f"finetune {name}", step)
         pick = rows[batch_rows(len(rows), cfg.batch_size, cfg.seed, step)]  # (b,)
         batch = task.batch(pick, generator)
@@ -193,8 +193,6 @@ def optimise(
         optimizer.step()
         log.write(step, values)
         bar.set_postfix({k: f"{value:.4g}" for k, value in values.items()}, refresh=False)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            checkpoint.save(step=step + 1)
     log.close()
     for recorder in recorders:
         recorder.detach()

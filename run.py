@@ -143,7 +143,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
         check_images(rows, split)
     identities = {split: rows.identity(states=False) for split, rows in splits.items()}
     number = int(identities["train"][:12], 16)
-    check_agreement(number, "the hash of their training rows", device)
+    check_agreement(number, "the hash of their training rows")
     teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
     if cfg.resolution is None:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))

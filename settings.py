@@ -131,8 +131,8 @@ class Pruning:
     """Less memory, but one more forward in each step."""
     cache_latents: bool = False
     """Keep a large target's latents on disk."""
-    save_every: Count = 20
-    """Steps between checkpoints."""
+    save_minutes: Weight = 15.0
+    """Minutes between checkpoints; 0: after every step."""
     dry_run: bool = False
     """Print what the run takes and stop; no weights or data needed."""
     tflops: Positive = 125.0
@@ -191,8 +191,8 @@ class Finetuning:
     """Images in the U-Nets at once."""
     checkpointing: bool = False
     """Less memory, but one more forward in each step."""
-    save_every: Count = 50
-    """Steps between checkpoints."""
+    save_minutes: Weight = 15.0
+    """Minutes between checkpoints; 0: after every step."""
 
 
 # ---- presets ----

@@ -35,7 +35,7 @@ SMALL = Pruning(
     joint_steps=3,
     batch_size=6,
     limit=48,
-    save_every=1,
+    save_minutes=0,
     device="cpu",
 )
 FILES = ("router.safetensors", "codes.safetensors", "assignments.json")
@@ -400,7 +400,7 @@ def test_a_stopped_finetuning_goes_on_where_it_was(run, tmp_path, monkeypatch):
     folder.mkdir()
     copy_run(run, folder)
     cfg = Finetuning(
-        run=folder, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu", save_every=1
+        run=folder, expert=1, refit_images=16, steps=5, batch_size=4, device="cpu", save_minutes=0
     )
     step, calls = finetune.finetuning_step, []
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.processes import all_reduce, check_agreement, rank, start_processes
 
 device = start_processes(torch.device("cpu"))
-check_agreement(7, "something", device)
+check_agreement(7, "something")
 total = torch.tensor([1.0 + rank()])
 all_reduce(total)
 assert total.item() == 3
@@ -35,7 +35,7 @@ def rows(place):
 
 assert rows("shared") == list(range(7))
 os.environ["XDG_CACHE_HOME"] += f"/{rank()}"
-for fault in (lambda: check_agreement(10 * rank(), "the step", device), lambda: rows("apart")):
+for fault in (lambda: check_agreement(10 * rank(), "the step"), lambda: rows("apart")):
     try:
         fault()
         print("went on")
