@@ -2,19 +2,19 @@
 
     python evaluate.py                         # the newest run: metrics.json, figures, report.html
     python evaluate.py --run runs/emoji-0.5 --exchanged
-    python evaluate.py --run runs/coco-base --metrics paper
+    torchrun --nproc-per-node 8 -- evaluate.py --run runs/coco-base --metrics paper
 
 Captions of both splits, one of each real image, go to their experts. Every image has a seed of its
 own, and the unpruned teacher gets the same captions and seeds. After a kill, the same command
-generates what is missing. `compare.py` does this for several methods. Departures:
-docs/departures.md.
+generates what is missing. Processes share out images, distances, and the features of real images;
+the first one scores. `compare.py` does this for several methods. Departures: docs/departures.md.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from common.errors import UserError, command_line
 from common.files import write_json
 from common.options import read_options
+from common.processes import leave_processes, pick_device, rank, start_processes
 from common.randomness import batch_rows
 from common.ranges import Choice, Count, Images, Seed, Weight
 from common.ranges import check as check_fields
@@ -43,6 +44,8 @@ from evaluation.generated import (
 from evaluation.report import Inputs, write_report
 from evaluation.scores import (
     SUITES,
+    Embedded,
+    Published,
     Reconstructed,
     Subset,
     Values,
@@ -53,8 +56,9 @@ from evaluation.scores import (
 from evaluation.tables import aggregate, markdown
 from macs import CostModel, meet_budget
 from prune_unet import attach_gates
-from run import as_json, load_codes, load_split, newest_run, read_run
+from run import as_json, load_split, newest_run, read_run
 from sample import APTPPipeline, read_prompts
+from settings import Precision
 from targets.images import CaptionedImages, check_images, evenly_spaced
 from teacher.model import Teacher
 
@@ -103,6 +107,8 @@ class Config(Scoring):
     """Images generated at once."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    precision: Precision | None = None
+    """Of all weights; bf16 on a GPU that has it, else fp32."""
 
     def sampling(self) -> Sampling:
         return Sampling(self.steps, self.guidance, self.seed, self.batch_size)
@@ -120,47 +126,51 @@ def next_experts(experts: Sequence[int], num_experts: int) -> list[int]:
     return [(i + 1) % num_experts for i in experts]
 
 
+@dataclass(frozen=True)
+class Material:
+    """What of a split is scored."""
+
+    data: CaptionedImages
+    experts: list[int]  # of each row of the split
+    real: Subset  # of the rows that are scored
+    ceiling: Reconstructed
+    images: dict[str, GeneratedImages]  # method -> of those rows
+    distances: Values
+
+
 def score(cfg: Config, run: Path) -> dict[str, Any]:
     """Generate and score images of a run's captions, and write its report.
+
+    Processes that were started together generate together; the first one scores, and the others end
+    here with nothing.
 
     Returns what <run>/report/metrics.json then holds. Raises `UserError`.
     """
     check(cfg)
-    summary, settings, assigned = read_run(run, "summary.json", "config.json", "assignments.json")
-    size = summary["macs_resolution"]
-    splits = load_splits(cfg, run, size)
-    moved: Any = {"teacher": cfg.teacher, "prompt_encoder": cfg.prompt_encoder}
-    pipeline = APTPPipeline.from_pretrained(run, cfg.device, **moved)
-    codes, macs = load_codes(run, pipeline.space), pipeline.macs()
+    summary, settings = read_run(run, "summary.json", "config.json")
+    splits = load_splits(cfg, run, summary["macs_resolution"])
+    how: Any = {name: getattr(cfg, name) for name in ("precision", "teacher", "prompt_encoder")}
+    pipeline = APTPPipeline.from_pretrained(run, cfg.device, **how)
+    codes, macs = pipeline.codes, pipeline.macs()
     suite = SUITES[cfg.metrics](pipeline.teacher.device)
-    smaller = min(size, suite.pixels or size)
-    of_suite = splits if smaller == size else load_splits(cfg, run, smaller)
     method, several = summary.get("method", "aptp"), len(summary["experts"]) > 1
+    material = prepare(pipeline, suite, method, splits, cfg)
+    prompts = free_prompts(pipeline, method, cfg) if cfg.prompts_file else {}
+    leave_processes()
+    if rank() > 0:
+        return {}
     found: list[dict[str, Any]] = []
-    nmi, routed, samples = [], {}, []
-    for split, data in splits.items():
-        experts: list[int] = assigned[split]
-        rows = scored_rows(data, split, cfg.images)
-        real = Subset(of_suite[split], rows)
-        distances = distances_of(pipeline.teacher, data, codes, experts, macs)
-        own = [experts[row] for row in rows]
-        made = generated(pipeline, method, data.captions, split, rows, own, cfg)
-        for name, images in made.items():
-            values = suite(images, real) | (distances if name == method else {})
-            who = {"method": name, "split": split} | images.costs(pipeline.ratios)
-            found.append(who | as_row(values))
-        if cfg.dense:
-            ceiling = suite(Reconstructed(pipeline.teacher, Subset(data, rows)), real)
-            who = {"method": "autoencoder", "split": split, "images": len(rows)}
-            found.append(who | as_row(ceiling))
-        routed[split] = Routed(data.captions, data.groups, experts)
+    nmi, routed = [], {}
+    for split, part in material.items():
+        found += scores_of(pipeline, suite, method, split, part, cfg)
+        routed[split] = Routed(part.data.captions, part.data.groups, part.experts)
         if several:
-            nmi += shared_information(data, experts, split)
-        if split == "validation":
-            samples = examples(data.captions, made[method], made.get("dense"), pipeline.ratios)
+            nmi += shared_information(part.data, part.experts, split)
     if cfg.prompts_file:
-        found += free_prompts(pipeline, method, cfg)
+        found += prompt_scores(pipeline, prompts, cfg.prompts_file)
     blocks, kept = retained(codes, macs)
+    shown = material["validation"]
+    made, dense = shown.images[method], shown.images.get("dense")
     inputs = Inputs(
         summary,
         routed["train"],
@@ -171,7 +181,7 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
         kept.numpy(),
         batch=last_batch(pipeline, settings, routed["train"].captions) if several else None,
         metrics={"rows": without_captions(found), "nmi": nmi},
-        samples=samples,
+        samples=examples(shown.data.captions, made, dense, pipeline.ratios),
         same_prompt=shown_to_each(pipeline, summary["target"], cfg) if several else (),
         without_transport=cfg.without_transport,
     )
@@ -180,6 +190,52 @@ def score(cfg: Config, run: Path) -> dict[str, Any]:
     write_json(run / "report" / "metrics.json", result)  # last: the run is scored
     print(f"wrote {page}")
     return result
+
+
+def prepare(
+    pipeline: APTPPipeline,
+    suite: Embedded | Published,
+    method: str,
+    splits: dict[str, CaptionedImages],
+    cfg: Config,
+) -> dict[str, Material]:
+    """All that takes long, which processes share out; features of real images are kept."""
+    size, macs, found = pipeline.teacher.resolution, pipeline.macs(), {}
+    smaller = min(size, suite.pixels or size)
+    of_suite = splits if smaller == size else load_splits(cfg, pipeline.run, smaller)
+    (assigned,) = read_run(pipeline.run, "assignments.json")
+    for split, data in splits.items():
+        rows, experts = scored_rows(data, split, cfg.images), assigned[split]
+        real = Subset(of_suite[split], rows)
+        ceiling = Reconstructed(pipeline.teacher, Subset(data, rows))
+        distances = distances_of(pipeline.teacher, data, pipeline.codes, experts, macs)
+        own = [experts[row] for row in rows]
+        made = generated(pipeline, method, data.captions, split, rows, own, cfg)
+        suite.features(suite.compared_with(real))
+        if cfg.dense:
+            suite.features(ceiling)
+        found[split] = Material(data, experts, real, ceiling, made, distances)
+    return found
+
+
+def scores_of(
+    pipeline: APTPPipeline,
+    suite: Embedded | Published,
+    method: str,
+    split: str,
+    part: Material,
+    cfg: Config,
+) -> list[dict[str, Any]]:
+    """A row of scores for each set of images of a split, and for what the autoencoder makes."""
+    found = []
+    for name, images in part.images.items():
+        values = suite(images, part.real) | (part.distances if name == method else {})
+        who = {"method": name, "split": split} | images.costs(pipeline.ratios)
+        found.append(who | as_row(values))
+    if cfg.dense:
+        who = {"method": "autoencoder", "split": split, "images": len(part.real)}
+        found.append(who | as_row(suite(part.ceiling, part.real)))
+    return found
 
 
 def load_splits(cfg: Config, run: Path, pixels: int) -> dict[str, CaptionedImages]:
@@ -292,16 +348,22 @@ def retained(codes: Tensor, macs: CostModel) -> tuple[list[str], Tensor]:
     return names, torch.stack(kept)
 
 
-def free_prompts(pipeline: APTPPipeline, method: str, cfg: Config) -> list[dict[str, Any]]:
-    """PickScores of the prompts of a file, such as PartiPrompts' (Table 6)."""
+def free_prompts(pipeline: APTPPipeline, method: str, cfg: Config) -> dict[str, GeneratedImages]:
+    """Images of the prompts of a file, such as PartiPrompts' (Table 6)."""
     assert cfg.prompts_file
-    extractor = load_extractor("pickscore", pipeline.teacher.device)
     prompts = read_prompts(cfg.prompts_file)
-    rows, texts = list(range(len(prompts))), extractor.texts(prompts)
-    made = generated(pipeline, method, prompts, "prompts", rows, pipeline.route(prompts), cfg)
-    found = []
+    rows, experts = list(range(len(prompts))), pipeline.route(prompts)
+    return generated(pipeline, method, prompts, "prompts", rows, experts, cfg)
+
+
+def prompt_scores(
+    pipeline: APTPPipeline, made: dict[str, GeneratedImages], file: Path
+) -> list[dict[str, Any]]:
+    """PickScores of what `free_prompts` made of a file."""
+    extractor = load_extractor("pickscore", pipeline.teacher.device)
+    texts, found = extractor.texts(read_prompts(file)), []
     for name, images in made.items():
-        scores = metrics.pick_scores(extract(extractor, images), texts, extractor.scale)
+        scores = metrics.pick_scores(extract([extractor], images), texts, extractor.scale)
         who = {"method": name, "split": "prompts"} | images.costs(pipeline.ratios)
         found.append(who | as_row({"pick_score": scores}))
     return found
@@ -328,8 +390,10 @@ def last_batch(
 def evaluate(cfg: Config) -> None:
     """Score a run and print what was found."""
     check(cfg)
-    found = score(cfg, cfg.run or newest_run())
-    print(markdown("Scores", aggregate(found["rows"])))
+    run, device = cfg.run or newest_run(), start_processes(pick_device(cfg.device))
+    found = score(replace(cfg, device=str(device)), run)
+    if found:
+        print(markdown("Scores", aggregate(found["rows"])))
 
 
 def main() -> None:

@@ -269,6 +269,27 @@ def test_the_command_line_draws_files(run, tmp_path, capsys):
     assert len(lines) == 3 and "a-giraffe-0.png" in lines[0] and "MACs ratio" in lines[0]
 
 
+def test_processes_share_out_the_prompts_of_a_file(run, tmp_path, monkeypatch):
+    """Three for the first and two for the second, the images of one process."""
+    prompts = ("a giraffe", "a red apple", "a bus", "the japan flag", "a key")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    cfg = sample.Config(run=run, prompts_file=tmp_path / "prompts.txt", steps=2, device="cpu")
+    sample.sample(dataclasses.replace(cfg, out=tmp_path / "one"))
+    monkeypatch.setattr(sample, "start_processes", lambda device: device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number, own in ((1, prompts[1::2]), (0, prompts[::2])):
+        monkeypatch.setenv("RANK", str(number))
+        assert sample.sample(dataclasses.replace(cfg, out=tmp_path / "two")).prompts == [*own]
+    for path in (tmp_path / "one").iterdir():
+        pixels = [
+            np.asarray(Image.open(made)).astype(int)
+            for made in (path, tmp_path / "two" / path.name)
+        ]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    with pytest.raises(UserError, match="one sheet"):
+        sample.sample(dataclasses.replace(cfg, compare=True))
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Call a script's main with arguments.
