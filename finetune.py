@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
+from common.cache import rows_key
 from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
 from common.files import MetricsLog, load_tensors, remove_leftovers, save_tensors
@@ -77,6 +78,13 @@ def checkpoint_path(run: Path, name: str) -> Path:
 def made_with(cfg: Finetuning) -> dict[str, object]:
     """The settings that an expert depends on."""
     return {name: getattr(cfg, name) for name in TUNED_BY}
+
+
+def prompts_of(run: Path, name: str) -> str:
+    """A hash of the rows that an expert is trained on; for `shared`, of all and their experts."""
+    (assigned,) = read_run(run, "assignments.json")
+    rows = (f"{row} {i}" for row, i in enumerate(assigned["train"]) if name in (str(i), "shared"))
+    return rows_key(assigned.get("data", {}).get("train", ""), lines=rows)
 
 
 def finetuning_step(
@@ -173,7 +181,8 @@ def optimise(
         student.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
     parts: dict[str, Any] = {"expert": student, "optimizer": optimizer}
-    checkpoint = Checkpoint(checkpoint_path(run, name), parts, made_with(cfg), cfg.save_minutes)
+    same = made_with(cfg) | {"prompts": prompts_of(run, name)}
+    checkpoint = Checkpoint(checkpoint_path(run, name), parts, same, cfg.save_minutes)
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(student))
     log = MetricsLog(run / "experts" / f"{name}.csv", list(TERMS), first)
@@ -201,9 +210,11 @@ def optimise(
 def refitted(task: Task, i: int) -> dict[str, Tensor]:
     """The weights of expert `i` that are solved anew; from its file, or into it."""
     cfg, path = task.cfg, task.run / "experts" / f"{i}.refit.safetensors"
+    made = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
+    made["prompts"] = prompts_of(task.run, str(i))
     if path.exists():
         tensors, meta = load_tensors(path)
-        if meta == {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}:
+        if meta == made:
             return tensors
     rows, generator = task.rows_of(i), step_generator(cfg.seed, f"refit {i}")
     batch = task.batch(rows[batch_rows(len(rows), cfg.refit_images, cfg.seed, 0)], generator)
@@ -216,8 +227,7 @@ def refitted(task: Task, i: int) -> dict[str, Tensor]:
         f"{time.time() - clock:.0f} s"
         + (f"; as they were cut, since they gain nothing: {', '.join(left)}" if left else "")
     )
-    meta = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
-    save_tensors(path, tensors, meta)
+    save_tensors(path, tensors, made)
     return tensors
 
 
@@ -237,6 +247,7 @@ def finetune_expert(task: Task, i: int) -> None:
         optimise(task, expert.to(task.teacher.device), rows, str(i))
         new = expert.state_dict()
     meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
+    meta["prompts"] = prompts_of(run, str(i))
     save_expert(path, new, task.dense.config, code, task.space, meta)
     checkpoint_path(run, str(i)).unlink(missing_ok=True)
     (run / "experts" / f"{i}.refit.safetensors").unlink(missing_ok=True)
@@ -251,6 +262,7 @@ def finetune_shared(task: Task) -> None:
     optimise(task, student, torch.arange(len(task.experts)), "shared", gates)
     gates.detach()
     meta = {"codes": task.codes.int().tolist(), "settings": made_with(task.cfg)}
+    meta["prompts"] = prompts_of(task.run, "shared")
     save_tensors(path, student.state_dict(), meta)
     checkpoint_path(task.run, "shared").unlink(missing_ok=True)
 
@@ -274,6 +286,12 @@ def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
     if code is not None:
         check_expert(path, header, code)
     refuse_other_settings(path, header["settings"], made_with(cfg))
+    prompts = prompts_of(path.parent.parent, path.stem)
+    if header.get("prompts", prompts) != prompts:
+        raise UserError(
+            f"{path} was trained on other prompts than the run's assignments.json gives it; delete "
+            "it and run finetune.py"
+        )
     for left in ("checkpoint", "refit"):  # where a kill came just before the end
         path.with_suffix(f".{left}.safetensors").unlink(missing_ok=True)
     return True

@@ -280,8 +280,8 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     steps, router = cfg.warmup_steps + cfg.joint_steps, setup.start_router()
     optimizer = optimizer_of(router, cfg)
     parts: dict[str, Any] = {"router": router, "optimizer": optimizer}
-    data = {"data": setup.identities.get("train")}
-    checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, data, cfg.save_minutes)
+    same = {"data": setup.identities.get("train"), "teacher": teacher.identity}
+    checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, same, cfg.save_minutes)
     meta = checkpoint.restore()
     first = meta.get("step", 0)
     check_agreement(first, "the step of their checkpoints")

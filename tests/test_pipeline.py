@@ -401,6 +401,23 @@ def test_experts_of_another_run_are_refused(run, refused, tmp_path):
     refused(finetune, [*arguments, "--steps", "5", "--batch-size", "4"], *words)
 
 
+def test_an_expert_that_was_trained_on_other_prompts_is_refused(run, tmp_path):
+    """One of the others' prompts goes to it now."""
+    folder = tmp_path / "run"
+    (folder / "experts").mkdir(parents=True)
+    copy_run(run, folder)
+    path = finetune.expert_path(folder, 1)
+    path.write_bytes(finetune.expert_path(run, 1).read_bytes())
+    cfg = {"refit_images": 16, "steps": 5, "batch_size": 4, "device": "cpu"}
+    finetune.finetune(Finetuning(run=folder, expert=1, **cfg))
+    assigned = read_json(folder / "assignments.json")
+    other = next(row for row, i in enumerate(assigned["train"]) if i != 1)
+    assigned["train"][other] = 1
+    write_json(folder / "assignments.json", assigned)
+    with pytest.raises(UserError, match=r"1\.safetensors was trained on other prompts.*delete it"):
+        finetune.finetune(Finetuning(run=folder, expert=1, **cfg))
+
+
 def test_other_settings_do_not_overwrite_a_run(run):
     before = (run / "summary.json").read_bytes()
     with pytest.raises(UserError, match=r"budget: 0\.7, now 0\.6"):
