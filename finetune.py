@@ -33,10 +33,9 @@ from torch import Tensor
 from tqdm import trange
 
 import losses
-from common.cache import rows_key
 from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, remove_leftovers, save_tensors
+from common.files import MetricsLog, fingerprint, load_tensors, remove_leftovers, save_tensors
 from common.options import read_options
 from common.processes import leave_processes, pick_device, rank, start_processes, world_size
 from common.randomness import batch_rows, step_generator
@@ -80,11 +79,14 @@ def made_with(cfg: Finetuning) -> dict[str, object]:
     return {name: getattr(cfg, name) for name in TUNED_BY}
 
 
-def prompts_of(run: Path, name: str) -> str:
-    """A hash of the rows that an expert is trained on; for `shared`, of all and their experts."""
-    (assigned,) = read_run(run, "assignments.json")
-    rows = (f"{row} {i}" for row, i in enumerate(assigned["train"]) if name in (str(i), "shared"))
-    return rows_key(assigned.get("data", {}).get("train", ""), lines=rows)
+def prompts_of(experts: Tensor, name: str) -> str:
+    """A hash of the rows that an expert is trained on; for `shared`, of all and their experts.
+
+    Args:
+        experts: of each training row, (rows,).
+    """
+    rows = experts if name == "shared" else (experts == int(name)).nonzero()
+    return fingerprint({"rows": rows}, {})
 
 
 def finetuning_step(
@@ -181,7 +183,7 @@ def optimise(
         student.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
     parts: dict[str, Any] = {"expert": student, "optimizer": optimizer}
-    same = made_with(cfg) | {"prompts": prompts_of(run, name)}
+    same = made_with(cfg) | {"prompts": prompts_of(task.experts, name)}
     checkpoint = Checkpoint(checkpoint_path(run, name), parts, same, cfg.save_minutes)
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(student))
@@ -211,7 +213,7 @@ def refitted(task: Task, i: int) -> dict[str, Tensor]:
     """The weights of expert `i` that are solved anew; from its file, or into it."""
     cfg, path = task.cfg, task.run / "experts" / f"{i}.refit.safetensors"
     made = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
-    made["prompts"] = prompts_of(task.run, str(i))
+    made["prompts"] = prompts_of(task.experts, str(i))
     if path.exists():
         tensors, meta = load_tensors(path)
         if meta == made:
@@ -247,7 +249,7 @@ def finetune_expert(task: Task, i: int) -> None:
         optimise(task, expert.to(task.teacher.device), rows, str(i))
         new = expert.state_dict()
     meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
-    meta["prompts"] = prompts_of(run, str(i))
+    meta["prompts"] = prompts_of(task.experts, str(i))
     save_expert(path, new, task.dense.config, code, task.space, meta)
     checkpoint_path(run, str(i)).unlink(missing_ok=True)
     (run / "experts" / f"{i}.refit.safetensors").unlink(missing_ok=True)
@@ -262,7 +264,7 @@ def finetune_shared(task: Task) -> None:
     optimise(task, student, torch.arange(len(task.experts)), "shared", gates)
     gates.detach()
     meta = {"codes": task.codes.int().tolist(), "settings": made_with(task.cfg)}
-    meta["prompts"] = prompts_of(task.run, "shared")
+    meta["prompts"] = prompts_of(task.experts, "shared")
     save_tensors(path, student.state_dict(), meta)
     checkpoint_path(task.run, "shared").unlink(missing_ok=True)
 
@@ -275,10 +277,11 @@ def first_and_last(run: Path, name: str) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
+def is_finished(path: Path, cfg: Finetuning, code: Tensor | None, experts: Tensor) -> bool:
     """Whether weights are there.
 
-    Raises `UserError` where they were made with other settings, or for another code, (D,).
+    Raises `UserError` where they were made with other settings, for another code, (D,), or on other
+    prompts than now have the experts, (rows,).
     """
     if not path.exists():
         return False
@@ -286,7 +289,7 @@ def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
     if code is not None:
         check_expert(path, header, code)
     refuse_other_settings(path, header["settings"], made_with(cfg))
-    prompts = prompts_of(path.parent.parent, path.stem)
+    prompts = prompts_of(experts, path.stem)
     if header.get("prompts", prompts) != prompts:
         raise UserError(
             f"{path} was trained on other prompts than the run's assignments.json gives it; delete "
@@ -344,8 +347,8 @@ def finetune(cfg: Finetuning) -> None:
     """
     check(cfg)
     run = cfg.run or newest_run()
-    (summary,) = read_run(run, "summary.json")
-    N = summary["num_experts"]
+    summary, assigned = read_run(run, "summary.json", "assignments.json")
+    N, experts = summary["num_experts"], torch.tensor(assigned["train"])
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     if cfg.shared and (world_size() > 1 or cfg.expert is not None):
@@ -353,9 +356,9 @@ def finetune(cfg: Finetuning) -> None:
     wanted, codes = [cfg.expert] if cfg.expert is not None else list(range(N)), load_codes(run)
     check_use(cfg, run, N)
     if cfg.shared:
-        todo = [] if is_finished(shared_path(run), cfg, None) else [-1]
+        todo = [] if is_finished(shared_path(run), cfg, None, experts) else [-1]
     else:
-        todo = [i for i in wanted if not is_finished(expert_path(run, i), cfg, codes[i])]
+        todo = [i for i in wanted if not is_finished(expert_path(run, i), cfg, codes[i], experts)]
     if not todo:
         print(f"{run}: all that was asked for is fine-tuned already")
         return

@@ -279,8 +279,8 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     assert cfg.out
     steps, router = cfg.warmup_steps + cfg.joint_steps, setup.start_router()
     optimizer = optimizer_of(router, cfg)
-    parts: dict[str, Any] = {"router": router, "optimizer": optimizer}
     same = {"data": setup.identities.get("train"), "teacher": teacher.identity}
+    parts: dict[str, Any] = {"router": router, "optimizer": optimizer}
     checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, same, cfg.save_minutes)
     meta = checkpoint.restore()
     first = meta.get("step", 0)
@@ -319,9 +319,8 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
                 group["lr"] = group["rate"] * min(1.0, rise, fall / max(1.0, cfg.lr_decay * steps))
             optimizer.step()
             seconds["warmup" if warmup else "joint"] += time.time() - clock
-            if log is None:
-                continue
-            log.write(step, values)
+            if log is not None:
+                log.write(step, values)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         if log is not None:
             checkpoint.save(step=steps, seconds=seconds)
