@@ -36,7 +36,7 @@ import losses
 from common.ahead import ahead
 from common.checkpoint import Checkpoint, refuse_other_settings
 from common.errors import UserError, command_line
-from common.files import MetricsLog, load_tensors, remove_leftovers, save_tensors
+from common.files import MetricsLog, fingerprint, load_tensors, remove_leftovers, save_tensors
 from common.options import read_options
 from common.processes import (
     check_agreement,
@@ -85,6 +85,16 @@ def checkpoint_path(run: Path, name: str) -> Path:
 def made_with(cfg: Finetuning) -> dict[str, object]:
     """The settings that an expert depends on."""
     return {name: getattr(cfg, name) for name in TUNED_BY}
+
+
+def prompts_of(experts: Tensor, name: str) -> str:
+    """A hash of the rows that an expert is trained on; for `shared`, of all and their experts.
+
+    Args:
+        experts: of each training row, (rows,).
+    """
+    rows = experts if name == "shared" else (experts == int(name)).nonzero()
+    return fingerprint({"rows": rows}, {})
 
 
 def finetuning_step(
@@ -181,7 +191,8 @@ def optimise(
         student.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
     parts: dict[str, Any] = {"expert": student, "optimizer": optimizer}
-    checkpoint = Checkpoint(checkpoint_path(run, name), parts, made_with(cfg))
+    same = made_with(cfg) | {"prompts": prompts_of(task.experts, name)}
+    checkpoint = Checkpoint(checkpoint_path(run, name), parts, same, cfg.save_minutes)
     first = checkpoint.restore().get("step", 0)
     recorders = (BlockRecorder(teacher.unet), BlockRecorder(student))
     log = MetricsLog(run / "experts" / f"{name}.csv", list(TERMS), first)
@@ -194,7 +205,7 @@ def optimise(
         return pick, task.batch(pick, step_generator(cfg.seed, f"finetune {name}", step))
 
     prepared = ahead(make, range(first, cfg.steps), teacher.device)
-    for step in bar:
+    for step in checkpoint.steps(bar):
         pick, batch = next(prepared)
         optimizer.zero_grad(set_to_none=True)
         own = None if gates is None else (gates, task.codes[task.experts[pick]])
@@ -205,8 +216,6 @@ def optimise(
         optimizer.step()
         log.write(step, values)
         bar.set_postfix({k: f"{value:.4g}" for k, value in values.items()}, refresh=False)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            checkpoint.save(step=step + 1)
     log.close()
     for recorder in recorders:
         recorder.detach()
@@ -215,9 +224,11 @@ def optimise(
 def refitted(task: Task, i: int) -> dict[str, Tensor]:
     """The weights of expert `i` that are solved anew; from its file, or into it."""
     cfg, path = task.cfg, task.run / "experts" / f"{i}.refit.safetensors"
+    made = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
+    made["prompts"] = prompts_of(task.experts, str(i))
     if path.exists():
         tensors, meta = load_tensors(path)
-        if meta == {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}:
+        if meta == made:
             return tensors
     rows, generator = task.rows_of(i), step_generator(cfg.seed, f"refit {i}")
     batch = task.batch(rows[batch_rows(len(rows), cfg.refit_images, cfg.seed, 0)], generator)
@@ -230,8 +241,7 @@ def refitted(task: Task, i: int) -> dict[str, Tensor]:
         f"{time.time() - clock:.0f} s"
         + (f"; as they were cut, since they gain nothing: {', '.join(left)}" if left else "")
     )
-    meta = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
-    save_tensors(path, tensors, meta)
+    save_tensors(path, tensors, made)
     return tensors
 
 
@@ -251,6 +261,7 @@ def finetune_expert(task: Task, i: int) -> None:
         optimise(task, expert.to(task.teacher.device), rows, str(i))
         new = expert.state_dict()
     meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
+    meta["prompts"] = prompts_of(task.experts, str(i))
     save_expert(path, new, task.dense.config, code, task.space, meta)
     checkpoint_path(run, str(i)).unlink(missing_ok=True)
     (run / "experts" / f"{i}.refit.safetensors").unlink(missing_ok=True)
@@ -265,6 +276,7 @@ def finetune_shared(task: Task) -> None:
     optimise(task, student, torch.arange(len(task.experts)), "shared", gates)
     gates.detach()
     meta = {"codes": task.codes.int().tolist(), "settings": made_with(task.cfg)}
+    meta["prompts"] = prompts_of(task.experts, "shared")
     save_tensors(path, student.state_dict(), meta)
     checkpoint_path(task.run, "shared").unlink(missing_ok=True)
 
@@ -277,10 +289,11 @@ def first_and_last(run: Path, name: str) -> tuple[float, float]:
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
 
-def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
+def is_finished(path: Path, cfg: Finetuning, code: Tensor | None, experts: Tensor) -> bool:
     """Whether weights are there.
 
-    Raises `UserError` where they were made with other settings, or for another code, (D,).
+    Raises `UserError` where they were made with other settings, for another code, (D,), or on other
+    prompts than now have the experts, (rows,).
     """
     if not path.exists():
         return False
@@ -288,6 +301,12 @@ def is_finished(path: Path, cfg: Finetuning, code: Tensor | None) -> bool:
     if code is not None:
         check_expert(path, header, code)
     refuse_other_settings(path, header["settings"], made_with(cfg))
+    prompts = prompts_of(experts, path.stem)
+    if header.get("prompts", prompts) != prompts:
+        raise UserError(
+            f"{path} was trained on other prompts than the run's assignments.json gives it; delete "
+            "it and run finetune.py"
+        )
     for left in ("checkpoint", "refit"):  # where a kill came just before the end
         path.with_suffix(f".{left}.safetensors").unlink(missing_ok=True)
     return True
@@ -340,8 +359,8 @@ def finetune(cfg: Finetuning) -> None:
     """
     check(cfg)
     run = cfg.run or newest_run()
-    (summary,) = read_run(run, "summary.json")
-    N = summary["num_experts"]
+    summary, assigned = read_run(run, "summary.json", "assignments.json")
+    N, experts = summary["num_experts"], torch.tensor(assigned["train"])
     if cfg.expert is not None and not 0 <= cfg.expert < N:
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     if cfg.shared and (world_size() > 1 or cfg.expert is not None):
@@ -349,14 +368,14 @@ def finetune(cfg: Finetuning) -> None:
     wanted, codes = [cfg.expert] if cfg.expert is not None else list(range(N)), load_codes(run)
     check_use(cfg, run, N)
     if cfg.shared:
-        todo = [] if is_finished(shared_path(run), cfg, None) else [-1]
+        todo = [] if is_finished(shared_path(run), cfg, None, experts) else [-1]
     else:
-        todo = [i for i in wanted if not is_finished(expert_path(run, i), cfg, codes[i])]
+        todo = [i for i in wanted if not is_finished(expert_path(run, i), cfg, codes[i], experts)]
     if not todo:
         print(f"{run}: all that was asked for is fine-tuned already")
         return
     task = prepare(cfg, run)
-    check_agreement(hash(tuple(todo)) % 2**48, "which experts are done", task.teacher.device)
+    check_agreement(hash(tuple(todo)) % 2**48, "which experts are done")
     leave_processes()  # from here on nothing is shared, and none waits for another
     if cfg.shared:
         finetune_shared(task)

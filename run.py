@@ -150,7 +150,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
         check_images(rows, split)
     identities = {split: rows.identity(states=False) for split, rows in splits.items()}
     number = int(identities["train"][:12], 16)
-    check_agreement(number, "the hash of their training rows", device)
+    check_agreement(number, "the hash of their training rows")
     teacher = load_teacher(cfg.teacher, device, precision=cfg.precision, resolution=cfg.resolution)
     if cfg.resolution is None:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
@@ -377,10 +377,21 @@ def named_by(file: Path, flag: str, now: object, words: str = "") -> Iterator[No
 
 
 def load_run_teacher(run: Path, now: str | None, device: torch.device, **options: Any) -> Teacher:
-    """The teacher of a run, or where it is now. Raises `UserError`; see `load_teacher`."""
+    """The teacher of a run, or where it is now.
+
+    Raises `UserError` where it cannot be loaded (see `load_teacher`), or is another one by now.
+    """
     path = run / "summary.json"
+    summary = read_json(path)
     with named_by(path, "--teacher", now, "--teacher"):
-        return load_teacher(now or read_json(path)["teacher"], device, **options)
+        teacher = load_teacher(now or summary["teacher"], device, **options)
+    if summary.get("teacher_hash", teacher.identity) != teacher.identity:
+        raise UserError(
+            f"{teacher.name} is not the teacher of {run} any more: its U-Net's weights or its "
+            f"noise schedule have changed; give them back as they were, name a copy with "
+            f"--teacher, or prune again with train.py"
+        )
+    return teacher
 
 
 def load_split(
@@ -471,6 +482,7 @@ def write_results(
         "method": method,
         "target": cfg.target,
         "teacher": setup.teacher.name,
+        "teacher_hash": setup.teacher.identity,
         "resolution": setup.teacher.resolution,
         "macs_resolution": setup.teacher.own_pixels or setup.teacher.resolution,
         "budget": cfg.budget,

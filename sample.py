@@ -3,6 +3,7 @@
     python sample.py "a giraffe"
     python sample.py "a giraffe" "a slice of pizza" --num-images 4
     python sample.py --prompts-file prompts.txt --compare   # teacher and expert side by side
+    torchrun --nproc-per-node 8 -- sample.py --prompts-file prompts.txt  # shared out
 
 From Python:
 
@@ -48,7 +49,7 @@ from common.files import (
 )
 from common.hub import MAX_PROMPT_CHARACTERS
 from common.options import read_options
-from common.processes import pick_device
+from common.processes import leave_processes, pick_device, rank, start_processes, world_size
 from common.ranges import Count, Finite, Number, Pixels, Precision, Seed, Weight, check
 from common.threads import side_by_side, slots
 from evaluation.generated import save_png
@@ -107,7 +108,7 @@ class APTPPipeline:
         run: str | Path,
         device: str = "auto",
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         resolution: int | None = None,
         teacher: str | None = None,
         prompt_encoder: str | None = None,
@@ -115,6 +116,7 @@ class APTPPipeline:
         """Load a run folder.
 
         Args:
+            precision: of all weights: fp32, bf16 or fp16; that of `usual_precision` if absent.
             teacher, prompt_encoder: where the run's are now, if they were moved.
 
         Raises:
@@ -122,7 +124,10 @@ class APTPPipeline:
         """
         run, where = Path(run), pick_device(device)
         (summary,) = read_run(run, "summary.json")
-        options = {"precision": precision, "resolution": resolution or summary["macs_resolution"]}
+        options = {
+            "precision": precision or usual_precision(where),
+            "resolution": resolution or summary["macs_resolution"],
+        }
         loaded = load_run_teacher(run, teacher, where, **options)
         router, name = load_router(run, where)
         with named_by(run / "router.safetensors", "--prompt-encoder", prompt_encoder):
@@ -347,6 +352,16 @@ class APTPPipeline:
         )
 
 
+def usual_precision(device: torch.device) -> str:
+    """bf16 on a GPU that computes in it, else fp32.
+
+    There bf16 is several times as fast, in half of the memory. fp16 is no faster, and its range is
+    too small for some teachers: SDXL's autoencoder overflows, as do attentions of SD 2.1.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
 def one_each(what: str, given: Any, P: int) -> list[Any]:
     """Whole numbers, also NumPy's, or generators: one for each prompt. Raises ValueError."""
     values = [given] if isinstance(given, Integral) else given
@@ -452,8 +467,8 @@ class Config:
     """Pixels; as --resolution if not given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: Precision = "fp32"
-    """Of all weights."""
+    precision: Precision | None = None
+    """Of all weights; bf16 on a GPU that has it, else fp32."""
 
 
 def size_of(cfg: Config, teacher: Teacher) -> tuple[int, int]:
@@ -512,19 +527,24 @@ def asked_for(cfg: Config) -> list[str]:
             f"--lora-weights has {len(cfg.lora_weights)} weights for {len(cfg.lora)} files of "
             f"--lora; give one for each"
         )
+    if cfg.compare and world_size() > 1:
+        raise UserError("--compare shows all images on one sheet; use it in one process")
     return prompts
 
 
 def sample(cfg: Config) -> Sampled:
     """Generate what `cfg` asks for, write the files, and print a line for each.
 
+    Of several processes, each takes every `world_size`th image; none waits for another.
     Raises `UserError` for what the user can mend.
     """
     prompts, run = asked_for(cfg), cfg.run or newest_run()
     check_writable(out := cfg.out or run / "samples")
+    device = start_processes(pick_device(cfg.device))
+    leave_processes()  # nothing is shared
     pipeline = APTPPipeline.from_pretrained(
         run,
-        cfg.device,
+        str(device),
         precision=cfg.precision,
         resolution=cfg.resolution,
         teacher=cfg.teacher,
@@ -533,8 +553,11 @@ def sample(cfg: Config) -> Sampled:
     for file, weight in zip(cfg.lora, cfg.lora_weights or [1.0] * len(cfg.lora), strict=True):
         pipeline.load_lora_weights(file, weight)
     rows = [(prompt, cfg.seed + k) for prompt in prompts for k in range(cfg.num_images)]
+    own = slice(rank(), None, world_size())
+    paths, rows = [out / name for name in file_names(rows)][own], rows[own]
+    if not rows:
+        return Sampled([], [], [], [], 0.0)
     names, seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
-    paths = [out / name for name in file_names(rows)]
     options: dict[str, Any] = {
         "seeds": seeds,
         "num_inference_steps": cfg.steps,

@@ -129,8 +129,8 @@ class Pruning:
     """Prompts in the U-Net at once (paper: 64)."""
     checkpointing: bool = False
     """Less memory, but one more forward in each step."""
-    save_every: Count = 20
-    """Steps between checkpoints."""
+    save_minutes: Weight = 15.0
+    """Minutes between checkpoints; 0: after every step."""
     dry_run: bool = False
     """Print what the run takes and stop; no weights or data needed."""
     tflops: Positive = 125.0
@@ -189,8 +189,8 @@ class Finetuning:
     """Images in the U-Nets at once."""
     checkpointing: bool = False
     """Less memory, but one more forward in each step."""
-    save_every: Count = 50
-    """Steps between checkpoints."""
+    save_minutes: Weight = 15.0
+    """Minutes between checkpoints; 0: after every step."""
 
 
 # ---- presets ----

@@ -311,11 +311,12 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     assert cfg.out
     steps, router = cfg.warmup_steps + cfg.joint_steps, setup.start_router()
     optimizer = optimizer_of(router, cfg)
+    same = {"data": setup.identities.get("train"), "teacher": teacher.identity}
     parts: dict[str, Any] = {"router": router, "optimizer": optimizer}
-    checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, {"data": setup.identities.get("train")})
+    checkpoint = Checkpoint(cfg.out / CHECKPOINT, parts, same, cfg.save_minutes)
     meta = checkpoint.restore()
     first = meta.get("step", 0)
-    check_agreement(first, "the step of their checkpoints", teacher.device)
+    check_agreement(first, "the step of their checkpoints")
     seconds = meta.get("seconds", {"encode": setup.seconds, "warmup": 0.0, "joint": 0.0})
     if not meta and cfg.importance_start:
         clock = time.time()
@@ -327,7 +328,7 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
     prepared = batches(setup, range(first, steps), clusters)
     bar = trange(first, steps, initial=first, total=steps, desc="pruning", disable=rank() > 0)
     try:
-        for step in bar:
+        for step in checkpoint.steps(bar, seconds=seconds):
             clock, warmup = time.time(), step < cfg.warmup_steps
             if step == cfg.warmup_steps:
                 router.start_codes(z, seed=cfg.seed, transport=cfg.transport, clusters=clusters)
@@ -348,12 +349,11 @@ def optimise(setup: Setup, clusters: Tensor | None = None) -> tuple[PromptRouter
                 group["lr"] = group["rate"] * min(1.0, rise, fall / max(1.0, cfg.lr_decay * steps))
             optimizer.step()
             seconds["warmup" if warmup else "joint"] += time.time() - clock
-            if log is None:
-                continue
-            log.write(step, values)
+            if log is not None:
+                log.write(step, values)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-                checkpoint.save(step=step + 1, seconds=seconds)
+        if log is not None:
+            checkpoint.save(step=steps, seconds=seconds)
     finally:
         step_of.detach()
         if log is not None:

@@ -88,6 +88,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process writes the files of those that it shares its work with."""
+    return rank() == 0 or not distributed.is_initialized()
+
+
 def local_rows(batch_size: int) -> Tensor:
     """The rows of a batch that this process takes through the U-Net, (b,): every `world_size`th.
 
@@ -123,13 +128,19 @@ def from_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
-def check_agreement(number: int, what: str, device: torch.device) -> None:
-    """Raises `UserError` in every process where `number` is not the same in all of them."""
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, in all of them."""
     if not distributed.is_initialized():
-        return
-    ends = torch.tensor([number, -number], device=device)
-    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
-    most, least = ends[0].item(), -ends[1].item()
+        return number
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(number, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def check_agreement(number: int, what: str) -> None:
+    """Raises `UserError` in every process where `number` is not the same in all of them."""
+    most, least = largest(number), -largest(-number)
     if most != least:
         raise UserError(
             f"the processes differ in {what} ({least} and {most}): the target's files, the run "

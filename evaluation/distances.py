@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.processes import all_reduce, rank, world_size
 from common.randomness import step_generator
 from targets.images import CaptionedImages
 from teacher.encoded import encode_target
@@ -23,20 +24,21 @@ def output_distances(
 ) -> dict[str, Tensor]:
     """Mean squared distance to the teacher's output, of each row, (n,), by the name of what it is.
 
-    All see the same noise at the same timesteps.
+    All see the same noise at the same timesteps. Processes share out the rows.
 
     Args:
         data: n captioned images.
         pruned: name -> what pruned U-Nets put out for rows of `data`.
     """
     encoded = encode_target(teacher, data)
-    found: dict[str, list[Tensor]] = {name: [] for name in pruned}
-    parts = torch.arange(len(data)).split(64)
-    for step, part in enumerate(tqdm(parts, desc="distance to the teacher", unit="batch")):
+    found = {name: torch.zeros(len(data), device=teacher.device) for name in pruned}
+    parts = list(enumerate(torch.arange(len(data)).split(64)))[rank() :: world_size()]
+    for step, part in tqdm(parts, "distance to the teacher", unit="batch", disable=rank() > 0):
         generator = step_generator(0, "distance", step)
         inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
         expected = teacher.unet(**inputs).sample.float()
         for name, outputs in pruned.items():
             difference = outputs(part, inputs).float() - expected
-            found[name].append(difference.square().flatten(1).mean(1).cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+            found[name][part] = difference.square().flatten(1).mean(1)
+    all_reduce(*found.values())
+    return {name: values.cpu() for name, values in found.items()}

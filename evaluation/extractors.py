@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from tqdm import tqdm
 from common.cache import cache_folder
 from common.errors import UserError
 from evaluation.images import ImageRows, resize, to_pixels
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 LITE0_SIZE = 128
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of RGB
@@ -62,9 +66,13 @@ class Extractor:
     read_text: Callable[[list[str]], Tensor] | None = None  # captions -> (B, d), where it can
     scale: float = 100.0  # of the cosine between an image and a caption, as it was trained
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.network(self.prepare(images.to(self.device))).float().cpu()
+        return self.features(self.prepare(images.to(self.device)))
+
+    @torch.no_grad()
+    def features(self, prepared: Tensor) -> Tensor:
+        """What the network makes of prepared images, (B, d)."""
+        return self.network(prepared).float().cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str], batch: int = 64) -> Tensor:
@@ -77,13 +85,54 @@ class Extractor:
         return torch.cat([self.read_text(part).float().cpu() for part in parts])
 
 
-def extract(
-    extractor: Callable[[Tensor], Tensor], images: Tensor | ImageRows, batch: int = 64
-) -> Tensor:
-    """Features of n images, (n, d), at most `batch` images in memory at once.
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`work` of each item, in order; a thread does the next one while the last one is used."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def features_of(
+    extractors: Sequence[Extractor],
+    read: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    pixels: int | None = None,
+) -> Iterator[Tensor]:
+    """Features of each batch of images by all extractors side by side, (b, sum of d).
+
+    A thread reads and resizes the next batch while the networks look at one.
 
     Args:
-        extractor: images (B, 3, H, W) to features (B, d).
+        read: row numbers (b,) to images (b, 3, H, W).
+        batches: of row numbers.
+        pixels: a size that all images go through, if given.
+    """
+
+    def prepared(rows: Tensor) -> list[Tensor]:
+        images = read(rows)
+        if pixels:
+            images = to_pixels(resize(images, pixels))
+        return [extractor.prepare(images.to(extractor.device)) for extractor in extractors]
+
+    for inputs in ahead(prepared, batches):
+        pairs = zip(extractors, inputs, strict=True)
+        yield torch.cat([extractor.features(x) for extractor, x in pairs], 1)
+
+
+def extract(
+    extractors: Sequence[Extractor],
+    images: Tensor | ImageRows,
+    batch: int = 64,
+    pixels: int | None = None,
+) -> Tensor:
+    """Features of n images in one pass, (n, sum of d), at most a few batches of them in memory.
+
+    Args:
         images: (n, 3, H, W), or images that are read by row.
 
     Raises:
@@ -92,8 +141,8 @@ def extract(
     if len(images) == 0:
         raise ValueError("there are no images")
     read = images.__getitem__ if isinstance(images, Tensor) else images.images
-    rows = torch.arange(len(images)).split(batch)
-    return torch.cat([extractor(read(part)) for part in tqdm(rows, desc="features", unit="batch")])
+    bar = tqdm(torch.arange(len(images)).split(batch), desc="features", unit="batch")
+    return torch.cat(list(features_of(extractors, read, bar, pixels)))
 
 
 def normalised(size: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:

@@ -1,12 +1,18 @@
 """Generated images of captions, made once and kept on disk for the scores and figures. App. E.3.
 
-There is one folder for each hash of all that its images depend on. After a kill, the same command
-generates what is missing; other experts or another seed mean another folder.
+There is one folder for each hash of all that its images depend on; each image says in its file of
+which caption it is, and by which expert. After a kill, the same command generates what is missing;
+other experts or another seed mean another folder.
+
+Processes share out the batches that are missing, so a batch holds the same images however many
+processes there are: on the same kind of device, and with as many threads each, they generate the
+same images bit for bit. After a kill batches are other ones, and images equal up to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,14 +21,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import read_json, replacing, write_json
+from common.errors import UserError
+from common.files import replacing
+from common.processes import barrier, from_first, rank, world_size
 from common.randomness import step_generator
 from evaluation.images import read_images
 
+NOTE = "aptp"  # where in its file an image says what it is
 Pipeline = Callable[..., Any]  # called as `sample.APTPPipeline` is: its result has `images`
 
 
@@ -94,9 +103,29 @@ class Example(NamedTuple):
     teacher: Image.Image | None = None
 
 
-def save_png(image: Image.Image, path: Path) -> None:
+class Note(NamedTuple):
+    """What a generated image's file says of it."""
+
+    caption: str
+    expert: int
+    seconds: float
+
+
+def save_png(image: Image.Image, path: Path, note: Note | None = None) -> None:
+    info = PngImagePlugin.PngInfo()
+    if note is not None:
+        info.add_text(NOTE, json.dumps(note))
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_note(path: Path) -> Note | None:
+    """What an image's file says of it; None where there is no such file, or it says nothing."""
+    try:
+        with Image.open(path) as image:
+            return Note(*json.loads(image.info[NOTE]))
+    except (OSError, KeyError):
+        return None
 
 
 def image_seed(seed: int, row: int) -> int:
@@ -124,7 +153,9 @@ def generate(
     experts: list[int],
     sampling: Sampling,
 ) -> GeneratedImages:
-    """Generate the images of `rows` that are not there yet.
+    """Generate the images of `rows` that are not there yet; processes share them out.
+
+    Raises `UserError` where a process cannot see what another has generated.
 
     Args:
         folder: of these images.
@@ -132,28 +163,35 @@ def generate(
         rows: those to generate.
         experts: the expert of each of them; -1 is the teacher.
     """
-    record = folder / "images.json"  # row -> caption, expert, seconds; written after the image
-    done: dict[str, tuple[str, int, float]] = read_json(record) if record.exists() else {}
-    todo = [
-        (i, row)
-        for i, row in sorted(zip(experts, rows, strict=True))  # so that a batch has few experts
-        if list(done.get(str(row), ()))[:2] != [captions[row], i]
-    ]
-    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"images, {folder.name}")
-    for start in range(0, len(todo), sampling.batch_size):
-        part = todo[start : start + sampling.batch_size]
+    paths = {row: folder / f"{row:06d}.png" for row in rows}
+
+    def missing() -> list[tuple[int, int]]:
+        """Experts and rows, sorted so that a batch has few experts."""
+        notes = {row: read_note(path) for row, path in paths.items()}
+        asked = sorted(zip(experts, rows, strict=True))
+        return [(i, row) for i, row in asked if (notes[row] or ())[:2] != (captions[row], i)]
+
+    todo, size = from_first(missing), sampling.batch_size
+    own = [todo[k : k + size] for k in range(0, len(todo), size)][rank() :: world_size()]
+    bar = tqdm(total=sum(map(len, own)), desc=f"images, {folder.name}", disable=rank() > 0)
+    for part in own:
         prompts = [captions[row] for _, row in part]
         seeds = [image_seed(sampling.seed, row) for _, row in part]
         clock = time.time()
         images = sampling.images(pipeline, prompts, seeds, [i for i, _ in part])
         seconds = (time.time() - clock) / len(part)
         for (i, row), image in zip(part, images, strict=True):
-            save_png(image, folder / f"{row:06d}.png")
-            done[str(row)] = (captions[row], i, seconds)
-        write_json(record, done)
+            save_png(image, paths[row], Note(captions[row], i, seconds))
         bar.update(len(part))
     bar.close()
-    return GeneratedImages(folder, rows, experts, [done[str(row)][2] for row in rows])
+    barrier()
+    notes = [read_note(path) for path in paths.values()]
+    if lost := [path for path, note in zip(paths.values(), notes, strict=True) if note is None]:
+        raise UserError(
+            f"{lost[0]} is missing: it was removed, or the processes do not see each other's "
+            f"files; put the run on a disk that all machines share, and run the same command again"
+        )
+    return GeneratedImages(folder, rows, experts, [note.seconds for note in notes if note])
 
 
 def examples(

@@ -1,8 +1,9 @@
 """Which scores a set of generated images gets: the embedded suite, or the paper's. App. E.3.
 
 A suite compares generated images with the real ones of the same captions. Of real images, and of
-what the autoencoder makes of them, features are computed once and kept on disk, under a hash of the
-pixels. Scores of single captions come beside those of a set, for tests that pair captions.
+what the autoencoder makes of them, features are computed once, by processes together, and kept on
+disk under a hash of what the images are. Scores of single captions come beside those of a set, for
+tests that pair captions.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from common.cache import kept_rows, rows_key
 from common.files import fingerprint
 from evaluation import metrics
-from evaluation.extractors import extract, load_extractor
-from evaluation.images import ImageRows, resize, to_pixels
+from evaluation.extractors import extract, features_of, load_extractor
+from evaluation.images import ImageRows
 from evaluation.metrics import EMBEDDED_SIGMA
 from targets.images import CaptionedImages, evenly_spaced
 from teacher.model import Teacher
@@ -76,11 +76,10 @@ class Subset:
 
     @cached_property
     def key(self) -> str:
-        """A hash of all pixels."""
-        digest = xxhash.xxh3_128()
-        for images in self.data.batches(torch.tensor(self.rows).split(64)):
-            digest.update(f"{images.shape}".encode() + images.numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of what the images are: their names, their files' states, their size."""
+        stamps = self.data.take(list(self.rows)).stamps()
+        size = str(self.images([0]).shape)
+        return rows_key(size, lines=(text for stamp in stamps for text in stamp))
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Reconstructed:
 
     @cached_property
     def key(self) -> str:
-        """A hash of all pixels and of the autoencoder."""
+        """A hash of what the real images are, and of the autoencoder."""
         return f"{self.real.key}-{fingerprint(self.teacher.pipe.vae.state_dict(), {})}"
 
 
@@ -114,12 +113,6 @@ class Features:
         self.extractors = {name: load_extractor(name, device) for name in names}
         self.pixels = pixels
 
-    def joined(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to their features by all extractors side by side, (B, sum of d)."""
-        if self.pixels:
-            images = to_pixels(resize(images, self.pixels))
-        return torch.cat([extractor(images) for extractor in self.extractors.values()], 1)
-
     @cached_property
     def widths(self) -> list[int]:
         blank = torch.zeros(1, 3, 32, 32)
@@ -127,18 +120,19 @@ class Features:
 
     def __call__(self, images: ImageRows | Subset | Reconstructed) -> dict[str, Tensor]:
         """Extractor -> features, (n, d); those of real images from the cache, or into it."""
+        extractors = list(self.extractors.values())
         if isinstance(images, Subset | Reconstructed):
             parts = kept_rows(
                 f"features-{rows_key(str(self.pixels), images.key, lines=self.extractors)}",
                 len(images),
-                lambda batches: (self.joined(images.images(rows)) for rows in batches),
+                lambda batches: features_of(extractors, images.images, batches, self.pixels),
                 part=4096,
                 batch=64,
                 what="features of real images",
             )
             features = torch.cat(parts)
         else:
-            features = extract(self.joined, images)
+            features = extract(extractors, images, pixels=self.pixels)
         return dict(zip(self.extractors, features.split(self.widths, 1), strict=True))
 
 
@@ -151,6 +145,10 @@ class Embedded:
         self.features = Features(("efficientnet-lite0",), device, self.pixels)
         self.classifier: Any = None  # of styles, fitted to the first split: the training images
 
+    def compared_with(self, real: Subset) -> Subset:
+        """The real images whose features are needed: all of the split where it has styles."""
+        return real.whole if any(real.data.styles) else real
+
     def __call__(self, images: ImageRows, real: Subset) -> Values:
         """Frechet distance and MMD to the captions' own images, R-precision, style.
 
@@ -159,7 +157,7 @@ class Embedded:
         """
         name, styles = "efficientnet-lite0", real.data.styles
         features, by_style = self.features(images)[name], any(styles)
-        gallery = self.features(real.whole if by_style else real)[name]
+        gallery = self.features(self.compared_with(real))[name]
         reference = gallery[list(real.rows)] if by_style else gallery
         found: Values = {
             "frechet": metrics.frechet_distance(features, reference),
@@ -184,6 +182,10 @@ class Published:
     def __init__(self, device: torch.device) -> None:
         names = ("inception", "inception-legacy", "clip-vit-b-32", "clip-vit-l-14-336")
         self.features = Features(names, device, self.pixels)
+
+    def compared_with(self, real: Subset) -> Subset:
+        """The real images whose features are needed."""
+        return real
 
     def __call__(self, images: ImageRows, real: Subset) -> Values:
         """Scores of the images of the captions whose own images are `real`."""

@@ -15,6 +15,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,25 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.ahead import to_device
 from common.errors import UserError
+from common.files import fingerprint
 from common.hub import lasting_name
 from common.ranges import check_choice
 from teacher.conditions import TIME_IDS, Conditions
-from teacher.folders import SD, SDXL, TOKENIZERS, Pipeline, load_folder, stays_float32
+from teacher.folders import (
+    FULL,
+    HALF,
+    SD,
+    SDXL,
+    TOKENIZERS,
+    Pipeline,
+    load_folder,
+    stays_float32,
+)
 from teacher.pipelines import load_pocket, random_pipeline
 from teacher.shapes import ASSETS, PIXELS, RANDOM, text_widths
 
@@ -39,6 +51,7 @@ ENCODED = (  # what a pipeline's `encode_prompt` gives, the last two with SDXL
     *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 )
 GUIDANCE = {SD: 7.5, SDXL: 5.0}  # App. E.2; diffusers' own for SDXL
+NOISE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,6 +77,22 @@ class Teacher:
     def parts(self) -> dict[str, nn.Module]:
         """All that has weights."""
         return parts_of(self.pipe)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the U-Net's weights as their files have them, and of the noise schedule.
+
+        It is the same in each precision, and for the published files in float32 and in fp16. A
+        random teacher has no files.
+        """
+        folder = Path(self.unet.config.get("_name_or_path") or "/dev/null")
+        found = ([file for name in names for file in folder.glob(name)] for names in (FULL, HALF))
+        config, hashes = self.pipe.scheduler.config, {}
+        for file in next(filter(None, found), []):
+            with safe_open(file, "pt") as weights:
+                for name in list(weights.keys()):
+                    hashes[name] = fingerprint({name: weights.get_tensor(name).half()}, {})
+        return fingerprint({}, hashes | {name: config.get(name) for name in NOISE})
 
     @property
     def reads_sizes(self) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import statistics
 from collections import Counter
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import small_processes
 import torch
 from PIL import Image
 from small_data import make_folder
@@ -51,9 +53,15 @@ def cells_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows if set("".join(row)) - set("-: ")]
 
 
-def test_a_run_with_experts_is_scored_and_reported(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "DISTANCE_ROWS", 8)
-    scored = evaluate.score(dataclasses.replace(SMALL, exchanged=True), run)
+@pytest.fixture(scope="module")
+def scored(run):
+    """Its scores; four images are generated as batches of three and of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "DISTANCE_ROWS", 8)
+        return evaluate.score(dataclasses.replace(SMALL, exchanged=True, batch_size=3), run)
+
+
+def test_a_run_with_experts_is_scored_and_reported(run, scored):
     assert scored == read_json(run / "report" / "metrics.json")
     rows = {(row["method"], row["split"]): row for row in scored["rows"]}
     assert {method for method, _ in rows} == {"aptp", "aptp-exchanged", "dense", "autoencoder"}
@@ -72,6 +80,45 @@ def test_a_run_with_experts_is_scored_and_reported(run, monkeypatch):
     assert labels == [(x, y) for x in ("train", "validation") for y in ("group", "style")]
     assert (run / "report" / "report.html").exists()
     assert len(list((run / "report").glob("*.png"))) >= 6
+
+
+EVALUATE = """
+import os, sys
+from pathlib import Path
+import evaluate
+
+os.environ["RANK"] = "0" if os.fork() else "1"  # libraries are loaded once
+evaluate.DISTANCE_ROWS = 8
+evaluate.write_report = lambda run, inputs: run
+evaluate.shown_to_each = lambda *_: ()
+how = {"images": 4, "steps": 2, "batch_size": 3, "device": "cpu"}
+evaluate.evaluate(evaluate.Config(run=Path(sys.argv[1]), **how))
+"""
+
+
+def test_two_processes_score_as_one_does(run, scored, tmp_path):
+    """The first says so, and the second nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("report"))
+    said, errors = small_processes.start(EVALUATE, folder, several=False)[0].communicate(
+        timeout=300
+    )
+    assert said.count("wrote ") == said.count("### Scores") == 1, errors
+    images = sorted((folder / "report" / "images").rglob("*.png"))
+    assert len(images) == 2 * 2 * 4
+    for path in images:
+        pixels = [
+            np.asarray(Image.open(made)).astype(int)
+            for made in (path, run / path.relative_to(folder))
+        ]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1, path
+    found = read_json(folder / "report" / "metrics.json")
+    assert found["nmi"] == scored["nmi"]
+    rows = [row for row in scored["rows"] if row["method"] != "aptp-exchanged"]
+    for one, two in zip(rows, found["rows"], strict=True):
+        assert set(one) == set(two)
+        for name in set(one) - {"seconds", "captions"}:
+            assert one[name] == two[name] or one[name] == pytest.approx(two[name], rel=1e-3), name
 
 
 def test_another_expert_means_other_images(run):
@@ -118,7 +165,8 @@ def test_free_prompts_get_a_pickscore_of_their_own(run, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a giraffe\na long red bus\n", encoding="utf-8")
     pipeline = APTPPipeline.from_pretrained(run, "cpu")
     cfg = dataclasses.replace(SMALL, metrics="paper", prompts_file=tmp_path / "prompts.txt")
-    own, dense = evaluate.free_prompts(pipeline, "aptp", cfg)
+    made = evaluate.free_prompts(pipeline, "aptp", cfg)
+    own, dense = evaluate.prompt_scores(pipeline, made, cfg.prompts_file)
     assert (own["method"], dense["method"]) == ("aptp", "dense")
     assert own["images"] == 2 and own["split"] == "prompts" and dense["macs_ratio"] == 1
     folder = next((pipeline.run / "report" / "images").glob("prompts-routed-*"))
@@ -335,12 +383,20 @@ def test_real_images_are_read_at_the_size_that_the_suite_asks_for(run, monkeypat
         def __init__(self, device: torch.device) -> None:
             pass
 
+        def compared_with(self, real):
+            return real
+
+        def features(self, images) -> None:
+            pass
+
         def __call__(self, images, real) -> dict[str, float]:
             seen.append((type(images).__name__, real.images([0]).shape[-1]))
             assert images.images([0]).shape[-1] == 64
             return {}
 
     monkeypatch.setattr(evaluate, "DISTANCE_ROWS", 2)
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
+    monkeypatch.setattr(evaluate, "shown_to_each", lambda *_: ())
     monkeypatch.setitem(evaluate.SUITES, "paper", Suite)
     evaluate.score(dataclasses.replace(SMALL, images=2, metrics="paper"), run)
     assert seen == [("GeneratedImages", 32), ("GeneratedImages", 32), ("Reconstructed", 32)] * 2

@@ -45,7 +45,7 @@ ARGUMENTS = {
     "joint-steps": "4",
     "batch-size": "4",
     "limit": "48",
-    "save-every": "2",  # so that steps are lost, and repeated
+    "save-minutes": "0",
     "device": "cpu",
 }
 RESULTS = ("router.safetensors", "codes.safetensors", "assignments.json", "metrics.csv")
@@ -54,7 +54,7 @@ TUNING = {
     "refit-images": "16",
     "steps": "4",
     "batch-size": "4",
-    "save-every": "1",
+    "save-minutes": "0",
     "device": "cpu",
 }
 
@@ -113,7 +113,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     ),
     "killed half way through a checkpoint": lambda: on_call(files, "save_file", 1, half_a_file),
     "killed half way through the next one": lambda: on_call(files, "save_file", 2, half_a_file),
-    "killed before the summary": lambda: on_call(files, "save_file", 4, half_a_file),
+    "killed before the summary": lambda: on_call(files, "save_file", 8, half_a_file),
     "killed before the checkpoint goes": lambda: on_call(Path, "unlink", 0, lambda *_, **__: die()),
     "disk full": lambda: on_call(files, "save_file", 2, no_room),
     "NaN": lambda: nan_output(5),
@@ -290,7 +290,8 @@ def test_killed_and_stopped_while_it_trains(forks, undisturbed):
             time.sleep(0.005)
         os.kill(child, sent)
         assert forks.end() == ends
-        assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] >= steps - 1
+        # one state may be in a thread, to be written, and one step after it be done
+        assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] >= steps - 2
     assert forks.run(folder)[0] == 0
     same(folder, undisturbed[0])
 
@@ -308,8 +309,8 @@ def test_killed_at_a_bad_moment(forks, undisturbed, fault):
 @pytest.mark.parametrize(
     ("fault", "step", "words"),
     [
-        ("disk full", 4, ["checkpoint.safetensors", "could not be written", "room"]),
-        ("NaN", 4, ["nan", "step 5", "checkpoint.safetensors", "--lr"]),
+        ("disk full", 2, ["checkpoint.safetensors", "could not be written", "room"]),
+        ("NaN", 5, ["nan", "step 5", "checkpoint.safetensors", "--lr"]),
     ],
 )
 def test_a_fault_is_one_line_and_leaves_the_last_checkpoint(forks, undisturbed, fault, step, words):

@@ -36,7 +36,7 @@ SMALL = Pruning(
     joint_steps=3,
     batch_size=6,
     limit=48,
-    save_every=1,
+    save_minutes=0,
     device="cpu",
 )
 FILES = ("router.safetensors", "codes.safetensors", "assignments.json")
@@ -272,6 +272,27 @@ def test_the_command_line_draws_files(run, tmp_path, capsys):
     assert len(lines) == 3 and "a-giraffe-0.png" in lines[0] and "MACs ratio" in lines[0]
 
 
+def test_processes_share_out_the_prompts_of_a_file(run, tmp_path, monkeypatch):
+    """Three for the first and two for the second, the images of one process."""
+    prompts = ("a giraffe", "a red apple", "a bus", "the japan flag", "a key")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    cfg = sample.Config(run=run, prompts_file=tmp_path / "prompts.txt", steps=2, device="cpu")
+    sample.sample(dataclasses.replace(cfg, out=tmp_path / "one"))
+    monkeypatch.setattr(sample, "start_processes", lambda device: device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number, own in ((1, prompts[1::2]), (0, prompts[::2])):
+        monkeypatch.setenv("RANK", str(number))
+        assert sample.sample(dataclasses.replace(cfg, out=tmp_path / "two")).prompts == [*own]
+    for path in (tmp_path / "one").iterdir():
+        pixels = [
+            np.asarray(Image.open(made)).astype(int)
+            for made in (path, tmp_path / "two" / path.name)
+        ]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    with pytest.raises(UserError, match="one sheet"):
+        sample.sample(dataclasses.replace(cfg, compare=True))
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Call a script's main with arguments.
@@ -362,6 +383,23 @@ def test_experts_of_another_run_are_refused(run, refused, tmp_path):
     words = (str(path), "not an expert of this run", "finetune.py")
     refused(sample, ["a giraffe", "--steps", "2", *arguments], *words)
     refused(finetune, [*arguments, "--steps", "5", "--batch-size", "4"], *words)
+
+
+def test_an_expert_that_was_trained_on_other_prompts_is_refused(run, tmp_path):
+    """One of the others' prompts goes to it now."""
+    folder = tmp_path / "run"
+    (folder / "experts").mkdir(parents=True)
+    copy_run(run, folder)
+    path = finetune.expert_path(folder, 1)
+    path.write_bytes(finetune.expert_path(run, 1).read_bytes())
+    cfg = {"refit_images": 16, "steps": 5, "batch_size": 4, "device": "cpu"}
+    finetune.finetune(Finetuning(run=folder, expert=1, **cfg))
+    assigned = read_json(folder / "assignments.json")
+    other = next(row for row, i in enumerate(assigned["train"]) if i != 1)
+    assigned["train"][other] = 1
+    write_json(folder / "assignments.json", assigned)
+    with pytest.raises(UserError, match=r"1\.safetensors was trained on other prompts.*delete it"):
+        finetune.finetune(Finetuning(run=folder, expert=1, **cfg))
 
 
 def test_other_settings_do_not_overwrite_a_run(run):

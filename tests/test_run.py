@@ -1,7 +1,9 @@
 """Runs: what a method is given, and the folder that it leaves."""
 
+import copy
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -9,15 +11,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import ROWS
+from diffusers import PNDMScheduler
+from safetensors.torch import load_file, save_file
 from small_data import make_coco, make_folder
+from small_pipelines import add_half_precision
 
 import run
 import train
 from common.errors import UserError
-from common.files import load_tensors, save_tensors
+from common.files import load_tensors, read_json, save_tensors, write_json
 from macs import meet_budget
 from settings import resolve
 from targets.images import load_target
+from teacher.model import load_teacher
 
 B = 6  # rows a batch
 
@@ -118,6 +124,70 @@ def test_a_stopped_training_does_not_go_on_with_other_rows(setup_of, smallest, t
     train.optimise(setup)
     with pytest.raises(UserError, match=r"data: these, now those"):
         train.optimise(dataclasses.replace(setup, identities={"train": "those"}))
+    pipe = copy.copy(setup.teacher.pipe)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, beta_end=0.03)
+    with pytest.raises(UserError, match=r"teacher: \w+, now \w+"):
+        train.optimise(
+            dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, pipe=pipe))
+        )
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A folder whose teacher a run was pruned on, and the run."""
+    folder = tmp_path_factory.mktemp("teachers")
+    load_teacher("pocket").pipe.save_pretrained(folder / "own")
+    write_json(folder / "own" / "teacher.json", {"guidance_scale": 2.0, "resolution": 64})
+    teacher = load_teacher(str(folder / "own"))
+    summary = {"teacher": teacher.name, "teacher_hash": teacher.identity}
+    write_json(folder / "run" / "summary.json", summary)
+    return folder
+
+
+def change_json(path: Path, **values) -> None:
+    write_json(path, read_json(path) | values)
+
+
+def change_weights(path: Path) -> None:
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 0.01
+    save_file(weights, path, {"format": "pt"})
+
+
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
+U_NET = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (U_NET, change_weights),
+        (SCHEDULER, partial(change_json, beta_end=0.03)),
+        (SCHEDULER, partial(change_json, prediction_type="epsilon")),
+    ],
+)
+def test_a_teacher_that_has_changed_is_refused_in_one_line(teachers, tmp_path, file, change):
+    """In each of its places; the codes are of the one that was pruned."""
+    shutil.copytree(teachers / "own", tmp_path / "own")
+    here = teachers / "run", str(tmp_path / "own"), torch.device("cpu")
+    assert run.load_run_teacher(*here).name == str(tmp_path / "own")
+    change(tmp_path / "own" / file)
+    words = r"own is not the teacher of .*run any more.*train\.py"
+    with pytest.raises(UserError, match=words) as refused:
+        run.load_run_teacher(*here)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_teacher_is_the_same_in_each_precision_and_another_guidance(teachers, tmp_path):
+    """So are its published files in fp16; guidance and size mean other images alone."""
+    shutil.copytree(teachers / "own", tmp_path / "own")
+    here = teachers / "run", str(tmp_path / "own"), torch.device("cpu")
+    assert run.load_run_teacher(*here, precision="bf16").dtype == torch.bfloat16
+    change_json(tmp_path / "own" / "teacher.json", guidance_scale=3.0)
+    assert run.load_run_teacher(*here).guidance_scale == 3
+    add_half_precision(tmp_path / "own")
+    (tmp_path / "own" / U_NET).unlink()
+    assert run.load_run_teacher(*here).dtype == torch.float32
 
 
 def test_a_router_of_another_version_is_refused_in_one_line(setup_of, smallest, tmp_path):

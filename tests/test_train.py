@@ -353,13 +353,13 @@ def test_two_processes_do_what_one_does_and_outlive_a_dead_one(tmp_path):
         joint_steps=4,
         batch_size=B,
         limit=40,
-        save_every=1,
+        save_minutes=0,
         device="cpu",
         out=tmp_path / "one",
     )
     train.train(cfg)
     out = tmp_path / "two"
-    names = "budget num_experts warmup_steps joint_steps batch_size limit save_every device"
+    names = "budget num_experts warmup_steps joint_steps batch_size limit save_minutes device"
     fields = {name.replace("_", "-"): getattr(cfg, name) for name in names.split()} | {"out": out}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     torchrun += ["tests/short_start.py", "train.py"]

@@ -1,19 +1,13 @@
 """Processes that share a batch: two real ones, and how rows are shared out."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from small_processes import start
 
 from common.errors import UserError
 from common.processes import local_rows
 from common.randomness import batch_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 PROCESS = """
 import os, sys, torch
 from torch import distributed
@@ -22,7 +16,7 @@ from common.errors import UserError
 from common.processes import all_reduce, check_agreement, rank, start_processes
 
 device = start_processes(torch.device("cpu"))
-check_agreement(7, "something", device)
+check_agreement(7, "something")
 total = torch.tensor([1.0 + rank()])
 all_reduce(total)
 assert total.item() == 3
@@ -38,7 +32,7 @@ for count in (1, 7):  # fewer than processes, and several for each
     whole = mapped_rows(f"whole-{count}", count, compute, part=2, batch=1, what="rows")
     assert whole.flatten().tolist() == list(range(count))
 os.environ["XDG_CACHE_HOME"] += f"/{rank()}"
-for fault in (lambda: check_agreement(10 * rank(), "the step", device), lambda: rows("apart")):
+for fault in (lambda: check_agreement(10 * rank(), "the step"), lambda: rows("apart")):
     try:
         fault()
         print("went on")
@@ -50,21 +44,7 @@ distributed.destroy_process_group()
 
 def test_two_processes_notice_where_they_differ(tmp_path):
     """Each says so, and none waits for the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    here |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS],
-            env=here | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start(PROCESS, XDG_CACHE_HOME=str(tmp_path))
     for rank, process in enumerate(processes):
         said, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import threading
 from collections import Counter
 from urllib.error import URLError
 
@@ -288,11 +289,29 @@ def test_extract_reads_by_row_and_gives_the_same_in_any_batch():
         seen.append(len(batch))
         return to_float(batch).mean((2, 3))
 
-    by_row = extract(mean_colour, ByRow(images), batch=3)
+    stand_in = [Extractor("stand-in", CPU, lambda batch: batch, mean_colour)]
+    by_row = extract(stand_in, ByRow(images), batch=3)
     assert seen == [3, 3, 1] and by_row.shape == (7, 3)
-    assert torch.allclose(extract(mean_colour, images), by_row, atol=1e-6)
+    assert torch.allclose(extract(stand_in, images), by_row, atol=1e-6)
     with pytest.raises(ValueError, match="no images"):
-        extract(mean_colour, images[:0])
+        extract(stand_in, images[:0])
+
+
+def test_the_next_images_are_resized_while_a_network_looks_at_some():
+    """The network waits until they are: with resizing in its own thread, for ever."""
+    resized, waiting = [threading.Event() for _ in range(4)], iter(range(1, 5))
+
+    def prepare(images: Tensor) -> Tensor:
+        resized[int(images[0, 0, 0, 0])].set()
+        return images
+
+    def network(images: Tensor) -> Tensor:
+        assert (number := next(waiting)) == 4 or resized[number].wait(60)
+        return images.mean((2, 3))
+
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
+    found = extract([Extractor("stand-in", CPU, prepare, network)], images, batch=1)
+    assert found[:, 0].tolist() == [0, 1, 2, 3]
 
 
 # ---- FID: clean-fid on the same images, with a stand-in for Inception ----
@@ -316,7 +335,7 @@ def test_fid_is_clean_fids_in_both_modes(mode, tmp_path):
         verbose=False,
     )
     extractor = Extractor("stand-in", CPU, extractors.fid_resize(mode), network)
-    ours = frechet_distance(extract(extractor, real), extract(extractor, to_float(generated)))
+    ours = frechet_distance(extract([extractor], real), extract([extractor], to_float(generated)))
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -526,7 +545,7 @@ def emoji(lite0):
     """96 validation emoji: images, features, styles."""
     data = load_target("emoji", "validation", limit=96)
     images = data.images(range(96))
-    return images, extract(lite0, images), list(data.styles)
+    return images, extract([lite0], images), list(data.styles)
 
 
 def test_its_features_are_what_its_own_classifier_reads(lite0):
@@ -548,7 +567,7 @@ def test_a_spoilt_image_is_found_again(lite0, emoji):
     """Shifted by two pixels and half as sharp, it is still nearest to its own original."""
     images, real, styles = emoji
     soft = resize(resize(images.roll(2, 3), 32), 64)
-    spoilt, truth = extract(lite0, soft), torch.arange(96)
+    spoilt, truth = extract([lite0], soft), torch.arange(96)
     assert r_precision(spoilt, real, truth, 1, (styles, styles)).mean() > 0.85
     wrong = r_precision(spoilt, real, truth.roll(2), 5, (["all"] * 96, ["all"] * 96))
     assert wrong.mean() < 0.3
@@ -559,7 +578,7 @@ def test_the_distances_of_emoji_grow_as_they_get_worse(lite0, emoji):
     noise = random(*images.shape)
     scores = []
     for amount in (0.05, 0.2, 0.8):
-        worse = extract(lite0, (images + amount * noise).clamp(-1, 1))
+        worse = extract([lite0], (images + amount * noise).clamp(-1, 1))
         scores.append(
             (frechet_distance(real, worse), mmd(unit(real), unit(worse), metrics.EMBEDDED_SIGMA))
         )
@@ -575,7 +594,7 @@ def test_the_embedded_bandwidth_is_about_the_distance_of_two_emoji(emoji):
 def test_a_classifier_tells_the_styles(lite0, emoji):
     _, real, styles = emoji
     trained = load_target("emoji", "train", limit=128)
-    classifier = metrics.style_classifier(extract(lite0, trained), trained.styles)
+    classifier = metrics.style_classifier(extract([lite0], trained), trained.styles)
     assert metrics.style_hits(classifier, real, styles).mean() > 0.85
     flipped = ["flat" if style == "outlined" else "outlined" for style in styles]
     assert metrics.style_hits(classifier, real, flipped).mean() < 0.15

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evaluation import scores
 from evaluation.extractors import Extractor
+from evaluation.images import to_pixels
 from evaluation.scores import Embedded, Published, Reconstructed, Subset, as_row, scored_rows
 from targets.images import CaptionedImages, load_target
 
@@ -80,7 +81,7 @@ def calls(monkeypatch, tmp_path) -> list[tuple[str, torch.Size]]:
 
         def network(images: Tensor) -> Tensor:
             found.append((name, images.shape))
-            x = scores.to_pixels(images) / 127.5 - 1
+            x = to_pixels(images) / 127.5 - 1
             return torch.cat([x.mean((2, 3)), x.flatten(2).std(2)], 1) @ weights
 
         def read(captions: list[str]) -> Tensor:
