@@ -15,8 +15,10 @@ from small_runs import PROMPTS, tiny_run, write_run
 
 from common.errors import UserError
 from common.files import read_json
+from prune_unet import cut_expert
 from sample import APTPPipeline
 from sharing import publish
+from sharing.pruned_unet import RoutedUNet
 from sharing.publish import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,8 +29,8 @@ COPIED = ("pipeline", "prompt_router", "pruned_unet")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name in RUNS[:2]:
-        tiny_run(folder, *name.split("-"))
+    tiny_run(folder, "sdxl", "all")
+    tiny_run(folder, "sd2", "paper", shared=True)
     write_run(folder / "run-pocket", "pocket")
     return folder
 
@@ -172,10 +174,14 @@ def test_copied_files_import_nothing_of_this_repository():
         assert not arrows((ROOT / "sharing" / f"{name}.py").read_text()), name
 
 
-def test_the_published_u_net_has_the_weights_of_the_run(place):
+def test_the_published_u_net_has_the_weights_of_the_run(place, tmp_path):
+    """Each expert's: cut out of the shared weights, fine-tuned, refitted."""
     pipeline = APTPPipeline.from_pretrained(place / "run-sd2-paper", "cpu")
-    unet = publish.published_unet(pipeline)
+    publish.write_unet(pipeline, tmp_path, None)
+    unet = RoutedUNet.from_pretrained(tmp_path)
     for i in range(3):
-        own, other = pipeline.unet(i).state_dict(), unet.experts[i].state_dict()
+        own, other = pipeline.unet(i).state_dict(), unet.expert(i).state_dict()
+        cut = cut_expert(pipeline.teacher.unet, pipeline.codes[i], pipeline.space).state_dict()
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own)
+        assert not torch.equal(own["conv_in.weight"], cut["conv_in.weight"]) or i == 2
