@@ -218,8 +218,8 @@ class RoutedUNet(ModelMixin, ConfigMixin):
         super().__init__()
         self.register_to_config(num_experts=num_experts, **dense)
         self.register_buffer("place", torch.empty(0), persistent=False)
-        self.experts = nn.ModuleDict()  # those that are loaded, by number
-        self.folder, self.options = Path(), {"torch_dtype": None}
+        self.experts: Any = nn.ModuleDict()  # those that are loaded, by number
+        self.folder, self.options = Path(), dict[str, Any]()
         self.rows: list[int] = []
 
     @classmethod
@@ -228,7 +228,8 @@ class RoutedUNet(ModelMixin, ConfigMixin):
         config = json.loads((Path(folder) / cls.config_name).read_text(encoding="utf-8"))
         unet = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
         unet.folder, unet.options = Path(folder), options
-        return unet.to(dtype=options.get("torch_dtype")).eval()
+        unet.place = unet.place.to(options.get("torch_dtype") or torch.float32)
+        return unet.eval()
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write all experts as `from_pretrained` reads them."""
@@ -247,8 +248,9 @@ class RoutedUNet(ModelMixin, ConfigMixin):
         if not 0 <= number < (N := self.config.num_experts):
             raise ValueError(f"there is no expert {number}; choose 0 to {N - 1}")
         if (key := str(number)) not in self.experts:
-            expert = PrunedUNet2DConditionModel.from_pretrained(self.folder / key, **self.options)
-            self.experts[key] = expert.to(self.place.device, self.place.dtype)
+            options = self.options | {"torch_dtype": self.place.dtype}
+            expert = PrunedUNet2DConditionModel.from_pretrained(self.folder / key, **options)
+            self.experts[key] = expert.to(self.place.device)
         return self.experts[key]
 
     @property

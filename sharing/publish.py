@@ -20,16 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError, command_line
-from common.files import (
-    check_writable,
-    remove_leftovers,
-    temporary_folder,
-    write_json,
-)
+from common.files import check_writable, remove_leftovers, temporary_folder, write_json
 from common.hub import CONTENT, HUB_NAME, model_files
 from common.options import read_options
 from common.ranges import Number, check
@@ -38,7 +34,7 @@ from router import MAX_PROMPT_CHARACTERS
 from run import newest_run, read_run
 from sample import APTPPipeline
 from settings import Precision
-from sharing.card import Published, model_card
+from sharing.card import model_card, published_summary
 from sharing.pruned_unet import PrunedUNet2DConditionModel, RoutedUNet
 from teacher import parts
 
@@ -162,6 +158,24 @@ def write_pipeline(pipeline: APTPPipeline, folder: Path, cfg: Config) -> None:
     write_json(folder / "model_index.json", index)
 
 
+def write_card(pipeline: APTPPipeline, folder: Path, cfg: Config) -> None:
+    """The model card, what it says as summary.json, and the images that it shows."""
+    names = ("summary.json", "config.json", "assignments.json")
+    summary, settings, assigned = read_run(pipeline.run, *names)
+    summary, samples = published_summary(summary, pipeline), None
+    if cfg.expert is not None:
+        summary["experts"] = [summary["experts"][cfg.expert]]
+    elif (grid := pipeline.run / "report" / "samples.png").exists():
+        samples = "samples.webp"
+        with Image.open(grid) as image:
+            image.thumbnail((1000, 4000))
+            image.convert("RGB").save(folder / samples, quality=75)
+    about: dict[str, Any] = {"expert": cfg.expert, "license": cfg.license, "samples": samples}
+    card = model_card(summary, settings, prompts=len(assigned["train"]), **about)
+    write_json(folder / "summary.json", summary)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def publish(cfg: Config) -> Path:
     """Write the folder, whole or not at all.
 
@@ -172,8 +186,7 @@ def publish(cfg: Config) -> Path:
     out = cfg.out or run / "published"
     if out.exists():
         raise UserError(f"--out {out} exists; choose a new folder, or remove that one")
-    names = ("summary.json", "config.json", "assignments.json")
-    summary, settings, assigned = read_run(run, *names)
+    summary, *_ = read_run(run, "summary.json", "config.json", "assignments.json")
     if cfg.expert is not None and cfg.expert >= (N := summary["num_experts"]):
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     check_writable(out)
@@ -189,16 +202,7 @@ def publish(cfg: Config) -> Path:
         whole = folder / out.name
         whole.mkdir()
         write_pipeline(pipeline, whole, cfg)
-        about = Published(
-            prompts=len(assigned["train"]),
-            tuned=[pipeline.is_finetuned(i) for i in range(summary["num_experts"])],
-            expert=cfg.expert,
-            guidance=pipeline.teacher.guidance_scale,
-            resolution=pipeline.teacher.resolution,
-            license=cfg.license,
-        )
-        card = model_card(summary, settings, about)
-        (whole / "README.md").write_text(card, encoding="utf-8")
+        write_card(pipeline, whole, cfg)
         os.rename(whole, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
