@@ -38,13 +38,17 @@ from sharing.publish import STEPS
 from teacher.model import PRECISIONS
 
 NEAREST, SIDE = 5, 256  # prompts that are shown; pixels that an image has at least
+DAY = (86400, 86400)  # how often, and from which age on, images that were shown are deleted
 CSS = """
 .scroll { overflow-x: auto }
-.scroll th, .scroll td { word-break: normal; border: 1px solid var(--border-color-primary) }
+.scroll * { overflow-wrap: normal; word-break: normal }
+.wide th, .wide td { white-space: nowrap }
+.scroll th, .scroll td { border: 1px solid var(--border-color-primary) !important }
 .thumbnail-item { display: flex; flex-direction: column }
 .thumbnail-item img { flex: 1; min-height: 0 }
-.caption-label { position: static !important; max-width: none !important }
-@media (max-width: 600px) { .grid-container { grid-template-columns: 1fr 1fr !important } }
+.caption-label { position: static !important; max-width: none !important; white-space: normal }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important }
+@media (min-width: 600px) { .grid-container { grid-template-columns: repeat(4, 1fr) !important } }
 """
 
 
@@ -200,9 +204,10 @@ def load(cfg: Config) -> Shown:
 # ---- the page ----
 
 
-def as_html(rows: Any, heads: Any = ()) -> str:
-    """A table, which scrolls where it is too wide."""
-    return f'<div class="scroll">{tabulate(rows, heads, "html", disable_numparse=True)}</div>'
+def as_html(rows: Any, heads: Any = (), kind: str = "") -> str:
+    """A table, which scrolls where it is too wide; of the kind `wide`, it is so on a phone."""
+    table = tabulate(rows, heads, "html", disable_numparse=True)
+    return f'<div class="scroll {kind}">{table}</div>'
 
 
 def about_model(model: Shown) -> str:
@@ -287,7 +292,7 @@ def gallery(model: Shown, *given: Any) -> Iterator[gr.Gallery]:
 def build(model: Shown) -> gr.Blocks:
     """The page; one image is generated at a time."""
     summary = model.summary
-    with gr.Blocks(title="APTP", analytics_enabled=False) as page:
+    with gr.Blocks(title="APTP", analytics_enabled=False, delete_cache=DAY) as page:
         gr.Markdown(about_model(model))
         prompt = gr.Textbox(label="Prompt", placeholder="a giraffe", submit_btn="Generate")
         with gr.Row():
@@ -301,13 +306,17 @@ def build(model: Shown) -> gr.Blocks:
             fixed: dict[str, Any] = plain | {"min_width": 160, "height": 300}
             images = [gr.Image(label=label, **fixed) for label in model.columns.values()]
         with gr.Row():
-            why, near = gr.Markdown(), gr.Markdown(visible=model.nearest is not None)
-        gr.Markdown(f"### The experts\n{as_html(map(expert_cells, summary['experts']), 'keys')}")
+            with gr.Column():
+                why = gr.Markdown()
+            with gr.Column():
+                near = gr.Markdown()
+        table = as_html(map(expert_cells, summary["experts"]), "keys", "wide")
+        gr.Markdown(f"### The experts\n{table}")
         if "latency" in summary:
             gr.Markdown(html.escape(latency_line(summary)))
         each = gr.Button("The prompt by each expert", visible=len(model.experts) > 1)
         whole: dict[str, Any] = plain | {"object_fit": "contain", "height": "auto"}
-        shown = gr.Gallery(label="By each expert", columns=4, visible=False, **whole)
+        shown = gr.Gallery(show_label=False, columns=4, visible=False, **whole)
         if model.samples:
             gr.Markdown("### Images of their own prompts")
             gr.Image(str(model.samples), show_label=False, **plain)
@@ -319,14 +328,13 @@ def build(model: Shown) -> gr.Blocks:
     return page
 
 
-def main() -> None:
-    cfg = read_options(Config, __doc__)
-    page = build(load(cfg))
+def launch(page: gr.Blocks, port: int | None, share: bool = False) -> tuple[str, str | None]:
+    """Serve the page to this machine; its address, and the public one. Raises `UserError`."""
     try:
-        _, here, public = page.launch(
+        return page.launch(
             server_name="127.0.0.1",
-            server_port=cfg.port,
-            share=cfg.share,
+            server_port=port,
+            share=share,
             css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"]),  # fonts of this machine
             footer_links=[],
@@ -334,9 +342,16 @@ def main() -> None:
             show_error=True,
             quiet=True,
             prevent_thread_lock=True,
-        )
-    except OSError as error:
-        raise UserError(f"--port {cfg.port or ''} cannot be used ({error})") from None
+        )[1:]
+    except OSError:
+        which = f"--port {port} is" if port else "the ports from 7860 to 7959 are"
+        raise UserError(f"{which} in use; choose another one with --port") from None
+
+
+def main() -> None:
+    cfg = read_options(Config, __doc__)
+    page = build(load(cfg))
+    here, public = launch(page, cfg.port, cfg.share)
     print(f"{here} {public or ''}".rstrip(), flush=True)
     page.block_thread()
 

@@ -59,7 +59,7 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all", shared: bool 
         }
         save_tensors(shared_path(folder), dense, {"codes": codes.int().tolist()})
     write_json(folder / "assignments.json", {"train": [0, 1, 2, 0], "validation": [0]})
-    settings = {"target": "emoji", "data_dir": None, "limit": None, "seed": 0, "depth": depth}
+    settings = {"target": "emoji", "data_dir": None, "limit": 4, "seed": 0, "depth": depth}
     write_json(folder / "config.json", settings | {"cache_latents": True})
     experts = [
         {
