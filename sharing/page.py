@@ -268,17 +268,17 @@ def compare(model: Shown, *given: Any) -> Iterator[list[Any]]:
     ids, expert = [*model.experts], model.route(prompt)
     numbers = {"expert": expert, "teacher": -1, "wrong": ids[(ids.index(expert) + 1) % len(ids)]}
     told = [about_expert(model, expert), about_prompt(model, prompt)]
-    yield [*told, *(gr.Image(None, label=label) for label in model.columns.values())]
+    yield [*told, *(gr.update(value=None, label=label) for label in model.columns.values())]
     for k, column in enumerate(model.columns):
         image, seconds = picture(model, prompt, numbers[column], how)
         number = f" ({numbers[column]})" if numbers[column] >= 0 else ""
         values = [gr.skip()] * (len(told) + len(model.columns))
         label = f"{model.columns[column]}{number}, {seconds:.2f} s"
-        values[len(told) + k] = gr.Image(image, label=label)
+        values[len(told) + k] = gr.update(value=image, label=label)
         yield values
 
 
-def gallery(model: Shown, *given: Any) -> Iterator[gr.Gallery]:
+def gallery(model: Shown, *given: Any) -> Iterator[dict[str, Any]]:
     """The prompt's image by each expert, one after another."""
     prompt, how = asked(*given)
     images: list[tuple[Image.Image, str]] = []
@@ -286,7 +286,7 @@ def gallery(model: Shown, *given: Any) -> Iterator[gr.Gallery]:
         image, seconds = picture(model, prompt, expert, how)
         label = f"expert {expert}, {seconds:.2f} s, {row['macs_ratio']:.2f} of the MACs"
         images.append((image, label))
-        yield gr.Gallery(images, visible=True)
+        yield gr.update(value=images, visible=True)
 
 
 def build(model: Shown) -> gr.Blocks:
@@ -323,8 +323,10 @@ def build(model: Shown) -> gr.Blocks:
         given = [prompt, steps, guidance, seed]
         own: dict[str, Any] = {"inputs": given, "concurrency_id": "model", "concurrency_limit": 1}
         told = [why, near, *images]
-        prompt.submit(errors_shown(partial(compare, model)), outputs=told, **own)
-        each.click(errors_shown(partial(gallery, model)), outputs=shown, **own)
+        prompt.submit(
+            errors_shown(partial(compare, model)), outputs=told, api_name="compare", **own
+        )
+        each.click(errors_shown(partial(gallery, model)), outputs=shown, api_name="gallery", **own)
     return page
 
 

@@ -75,7 +75,9 @@ class Browser:
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
             if time.monotonic() > end:
-                raise TimeoutError(f"{script}; the page says: {self.run('document.body.innerText')}")
+                raise TimeoutError(
+                    f"{script}; the page says: {self.run('document.body.innerText')}"
+                )
             time.sleep(0.1)
         return value
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from elsewhere import ALONE
+from PIL import Image
 from small_runs import PROMPTS, tiny_run, write_run
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
 from prune_unet import cut_expert
 from sample import APTPPipeline
 from sharing import publish
@@ -98,6 +99,25 @@ def test_the_card_says_what_the_run_says(place, tmp_path):
     assert "trust_remote_code=True" in text and [p.name for p in out.parent.iterdir()] == ["folder"]
 
 
+def test_the_card_has_the_latency_and_the_samples_of_a_run_that_has_them(place, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(place / "run-sd2-paper", run)
+    summary = read_json(run / "summary.json")
+    where = {"device": "a GPU", "precision": "bf16", "batch": 2, "pixels": 512, "runtime": "eager"}
+    summary |= {"latency": where | {"dense": 0.02}, "latency_ratio_mean": 0.66}
+    for row, measured in zip(summary["experts"], (0.0123, 0.0151, None), strict=True):
+        row |= {"latency_ratio": 0.6, "latency_measured": measured, "latency_predicted": 0.0135}
+    write_json(run / "summary.json", summary)
+    (run / "report").mkdir()
+    Image.new("RGB", (3000, 1500), "red").save(run / "report" / "samples.png")
+    publish.publish(Config(run=run, out=out))
+    card = (out / "README.md").read_text()
+    assert all(f"| 0.60 | {t} |" in card for t in ("12.3 ms, measured", "13.5 ms, predicted"))
+    assert "of 20 ms a forward on a GPU, bf16" in card and "(samples.webp)" in card
+    with Image.open(out / "samples.webp") as image:
+        assert image.size == (1000, 500)
+
+
 def test_a_card_does_not_tell_where_a_teacher_lies(place, tmp_path):
     run = place / f"run-{RUNS[0]}"
     out = publish.publish(Config(run=run, out=tmp_path / "one", expert=2, license="mit"))
@@ -125,7 +145,7 @@ def test_a_kill_leaves_nothing_half_written(place, tmp_path, monkeypatch):
     """A killed process does not clean up; the next one does."""
     out = tmp_path / "out"
 
-    def killed(*_):
+    def killed(*_, **__):
         assert not out.exists() and list(tmp_path.glob(".out.*/out/unet/*"))
         raise KeyboardInterrupt
 
