@@ -88,12 +88,13 @@ def test_a_published_folder_shows_what_it_holds(place, own, name, count):
     build(model)
 
 
-def test_it_is_served_to_this_machine_alone_and_tells_nobody(address):
+def test_it_is_served_to_this_machine_alone_and_tells_nobody(address, capfd):
     client = Client(address, verbose=False, analytics_enabled=False)
     assert address.startswith("http://127.0.0.1:")
     assert not client.config["analytics_enabled"]
     with pytest.raises(ValueError, match="a prompt is empty"):
         client.predict("  ", *HOW, api_name="/compare")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_latency_is_shown_where_the_run_has_it(model):
