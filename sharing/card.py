@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.hub import HUB_NAME, SDXL_BASE, STABLE_DIFFUSION
+from evaluation.tables import latency_line
+from sample import APTPPipeline
 
 LICENSES = {
     "pocket": "cc-by-sa-4.0",
@@ -31,7 +33,7 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
 
 {table}
 
-The dense U-Net has {dense:.3g} G MACs for one image and one step.
+The dense U-Net has {dense:.3g} G MACs for one image and one step.{latency}{samples}
 
 ## How it was made
 
@@ -59,71 +61,96 @@ SINGLE = """image = pipe("a giraffe", guidance_scale={guidance:g}, num_inference
 ```
 
 LoRAs and ControlNets of the teacher fit it. IP-Adapters are not supported."""
-HEADER = """| expert | MACs ratio | parameters | share of prompts | frequent words | fine-tuned |
-|---|---|---|---|---|---|
-"""
 
 
-@dataclass(frozen=True)
-class Published:
-    """What the card says beside the run's own files."""
+def published_summary(summary: dict[str, Any], pipeline: APTPPipeline) -> dict[str, Any]:
+    """What a run's summary.json says, and what only its pipeline knows.
 
-    prompts: int  # that the run was pruned on
-    tuned: list[bool]  # whether each expert was fine-tuned
-    expert: int | None  # the one that is published; None for all
-    guidance: float
-    resolution: int
-    license: str | None  # as the hub calls it; the teacher's, where it is known, if absent
-
-
-def expert_row(expert: dict[str, Any], tuned: bool) -> str:
-    cells = (
-        str(expert["id"]),
-        f"{expert['macs_ratio']:.2f}",
-        f"{expert['params'] / 1e6:.1f} M",
-        f"{expert['usage_train']:.2f}",
-        ", ".join(expert["words"]),
-        "yes" if tuned else "no",
-    )
-    return f"| {' | '.join(cells)} |"
+    Of a teacher in a folder the name is told, not the place.
+    """
+    name, teacher = summary["teacher"], pipeline.teacher
+    return summary | {
+        "teacher": name if HUB_NAME.fullmatch(name) else Path(name).name,
+        "guidance_scale": teacher.guidance_scale,
+        "resolution": teacher.resolution,
+        "experts": [
+            row | {"tuned": pipeline.is_finetuned(row["id"])} for row in summary["experts"]
+        ],
+    }
 
 
-def model_card(summary: dict[str, Any], settings: dict[str, Any], about: Published) -> str:
+def expert_cells(expert: dict[str, Any]) -> dict[str, str]:
+    """An expert's row of the table, by column."""
+    cells = {
+        "expert": str(expert["id"]),
+        "MACs ratio": f"{expert['macs_ratio']:.2f}",
+        "parameters": f"{expert['params'] / 1e6:.1f} M",
+        "share of prompts": f"{expert['usage_train']:.2f}",
+        "frequent words": ", ".join(expert["words"]),
+        "refitted or fine-tuned": "yes" if expert["tuned"] else "no",
+    }
+    if "latency_ratio" in expert:
+        seconds = expert["latency_measured"] or expert["latency_predicted"]
+        how = "measured" if expert["latency_measured"] else "predicted"
+        cells["latency ratio"] = f"{expert['latency_ratio']:.2f}"
+        cells["latency"] = f"{seconds * 1e3:.3g} ms, {how}"
+    return cells
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same columns as a table of Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def model_card(
+    summary: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    prompts: int,
+    expert: int | None,
+    license: str | None,
+    samples: str | None,
+) -> str:
     """`README.md` of a published run.
 
     Args:
-        summary, settings: the run's summary.json and config.json.
+        summary: of `published_summary`, with the published experts.
+        settings: the run's config.json.
+        prompts: how many the run was pruned on.
+        expert: the one that is published; None for all.
+        license: as the hub calls it; the teacher's, where it is known, if absent.
+        samples: the file beside the card that shows images of all experts.
     """
-    named, N, only = summary["teacher"], summary["num_experts"], about.expert
-    on_hub = HUB_NAME.fullmatch(named)
-    teacher = named if on_hub else Path(named).name  # where a folder lies is nobody's business
+    teacher, N, ratio = summary["teacher"], summary["num_experts"], summary["macs_ratio_mean"]
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "license": about.license or LICENSES.get(teacher, "other"),
-        "tags": "[pruning, mixture-of-experts]" if only is None else "[pruning]",
+        "license": license or LICENSES.get(teacher, "other"),
+        "tags": "[pruning, mixture-of-experts]" if expert is None else "[pruning]",
     }
-    if on_hub:
+    if HUB_NAME.fullmatch(teacher):
         front["base_model"] = teacher
-    experts, ratio = summary["experts"], summary["macs_ratio_mean"]
     what, usage = f"{N} experts, one of which makes the image of a prompt", MIXTURE
-    if only is not None:
-        experts, ratio = [experts[only]], experts[only]["macs_ratio"]
-        what, usage = f"expert {only} of {N}", SINGLE.format(guidance=about.guidance)
+    if expert is not None:
+        ratio = summary["experts"][0]["macs_ratio"]
+        what, usage = f"expert {expert} of {N}", SINGLE.format(guidance=summary["guidance_scale"])
     return CARD.format(
         front="\n".join(f"{key}: {value}" for key, value in front.items()),
         title=f"{Path(teacher).name} at {ratio:.2f} of its MACs",
         teacher=teacher,
         what=what,
         usage=usage,
-        table=HEADER + "\n".join(expert_row(row, about.tuned[row["id"]]) for row in experts),
+        table=markdown_table([expert_cells(row) for row in summary["experts"]]),
+        latency=f" The {latency_line(summary)}." if "latency" in summary else "",
+        samples=f"\n\n![Images of each expert]({samples})" if samples else "",
         dense=summary["macs_dense"] / 1e9,
         method=summary.get("method", "aptp"),
-        prompts=about.prompts,
+        prompts=prompts,
         target=summary["target"],
         budget=summary["budget"],
         depth=settings["depth"],
         seed=settings["seed"],
-        resolution=about.resolution,
-        guidance=about.guidance,
+        resolution=summary["resolution"],
+        guidance=summary["guidance_scale"],
     )

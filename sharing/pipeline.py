@@ -26,8 +26,11 @@ class Routed:
     config: Any
 
     def expert(self, number: int) -> Any:
-        """An expert's U-Net, for any other pipeline."""
-        return self.unet.experts[number]
+        """An expert's U-Net, for any other pipeline.
+
+        It is loaded when it is first asked for, alone; `pipe.unet.load()` loads all of them.
+        """
+        return self.unet.expert(number)
 
     def route(self, prompts: Sequence[str]) -> list[int]:
         """The expert of each prompt."""
@@ -35,9 +38,7 @@ class Routed:
 
     def load_ip_adapter(self, *args: Any, **options: Any) -> None:
         """Raises ValueError."""
-        raise ValueError(
-            "an IP-Adapter needs the attentions that the teacher has, and experts have fewer"
-        )
+        raise ValueError("an IP-Adapter fits the teacher's attentions, and experts have fewer")
 
     def __call__(
         self,
@@ -68,7 +69,7 @@ class Routed:
         count = len(options["prompt_embeds"] if prompts is None else prompts)
         experts = self.route(prompts or []) if experts is None else experts
         experts = [experts] * count if isinstance(experts, int) else list(experts)
-        last = len(self.unet.experts) - 1
+        last = self.unet.config.num_experts - 1
         if len(experts) != count or not all(0 <= i <= last for i in experts):
             raise ValueError(f"experts {experts} must be {count} numbers from 0 to {last}")
         rows = [i for i in experts for _ in range(num_images_per_prompt)]

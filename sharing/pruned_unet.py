@@ -11,7 +11,9 @@ channels that were cut, columns of `lora_A` where it reads them.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +154,9 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
                 sliced[key] = value if index is None else value.index_select(axis, index)
         return sliced
 
+    def _load_ip_adapter_weights(self, *args: Any, **options: Any) -> None:
+        raise ValueError("an IP-Adapter fits the teacher's attentions, and an expert has fewer")
+
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: Any,
@@ -170,10 +175,10 @@ WEIGHT_RULES.setdefault(PrunedUNet2DConditionModel.__name__, lambda _, weights: 
 
 
 def of_each(method: str) -> Callable[..., None]:
-    """A method of the mixture that calls the same one of each expert."""
+    """A method of the mixture that calls the same one of each expert that is loaded."""
 
     def call(self: RoutedUNet, *args: Any, **options: Any) -> None:
-        for expert in self.experts:
+        for expert in self.experts.values():
             getattr(expert, method)(*args, **options)
 
     return call
@@ -193,34 +198,70 @@ def some_rows(value: Any, rows: Tensor, batch_size: int) -> Any:
 class RoutedUNet(ModelMixin, ConfigMixin):
     """Experts in one module, called as a U-Net is: each sample goes through its own expert.
 
+    Each expert has a folder of its own, by its number, and is loaded from there when it is first
+    needed: by a sample, by `expert`, or by what changes them all (a LoRA, `save_pretrained`).
+    `load` loads those that are left. Until then diffusers moves and casts `place` in their stead,
+    and each goes where that is.
+
     `rows` holds the expert of each sample. A batch of k times as many repeats it k times, as
     classifier-free guidance repeats its prompts.
     """
 
     config_name = "config.json"
-    _get_init_keys = staticmethod(init_keys)
+    place: Tensor
     set_adapters, delete_adapters = of_each("set_adapters"), of_each("delete_adapters")
     fuse_lora, unfuse_lora = of_each("fuse_lora"), of_each("unfuse_lora")
     enable_lora, disable_lora = of_each("enable_lora"), of_each("disable_lora")
     unload_lora = of_each("unload_lora")
 
-    def __init__(self, *args: Any, kept: list[Kept], **dense: Any) -> None:
+    def __init__(self, num_experts: int, **dense: Any) -> None:
         super().__init__()
-        experts = [PrunedUNet2DConditionModel(*args, kept=one, **dense) for one in kept]
-        self.experts = nn.ModuleList(experts)
-        shared = {k: v for k, v in experts[0].config.items() if not k.startswith("_")}
-        self.register_to_config(**{**shared, "kept": kept})
+        self.register_to_config(num_experts=num_experts, **dense)
+        self.register_buffer("place", torch.empty(0), persistent=False)
+        self.experts: Any = nn.ModuleDict()  # those that are loaded, by number
+        self.folder, self.options = Path(), dict[str, Any]()
         self.rows: list[int] = []
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> RoutedUNet:
+        """A mixture whose experts lie in `folder`; the options are those of each expert."""
+        config = json.loads((Path(folder) / cls.config_name).read_text(encoding="utf-8"))
+        unet = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+        unet.folder, unet.options = Path(folder), options
+        unet.place = unet.place.to(options.get("torch_dtype") or torch.float32)
+        return unet.eval()
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write all experts as `from_pretrained` reads them."""
+        self.load()
+        self.save_config(folder)
+        for number, expert in self.experts.items():
+            expert.save_pretrained(Path(folder) / number, **options)
+
+    def load(self) -> None:
+        """Load all experts."""
+        for number in range(self.config.num_experts):
+            self.expert(number)
+
+    def expert(self, number: int) -> PrunedUNet2DConditionModel:
+        """An expert, loaded if it was not needed before."""
+        if not 0 <= number < (N := self.config.num_experts):
+            raise ValueError(f"there is no expert {number}; choose 0 to {N - 1}")
+        if (key := str(number)) not in self.experts:
+            options = self.options | {"torch_dtype": self.place.dtype}
+            expert = PrunedUNet2DConditionModel.from_pretrained(self.folder / key, **options)
+            self.experts[key] = expert.to(self.place.device)
+        return self.experts[key]
 
     @property
     def add_embedding(self) -> Any:
         """Where SDXL's pipeline looks up how many sizes the U-Net is told."""
-        return self.experts[0].add_embedding
+        return self.expert(self.rows[0]).add_embedding
 
     @property
     def peft_config(self) -> dict[str, Any]:
         """The adapters that are loaded. An expert without any of an adapter's layers has none."""
-        found = [getattr(expert, "peft_config", {}) for expert in self.experts]
+        found = [getattr(expert, "peft_config", {}) for expert in self.experts.values()]
         if not any(found):
             raise AttributeError("no adapter is loaded")
         return {name: config for one in found for name, config in one.items()}
@@ -228,8 +269,9 @@ class RoutedUNet(ModelMixin, ConfigMixin):
     def load_lora_adapter(self, state_dict: Any, adapter_name: str | None = None, **options: Any):
         """Load a LoRA of the dense U-Net into every expert."""
         name = adapter_name or f"default_{len(getattr(self, 'peft_config', {}))}"
-        load = of_each("load_lora_adapter")
-        load(self, state_dict, adapter_name=name, **options)
+        self.load()
+        for expert in self.experts.values():
+            expert.load_lora_adapter(state_dict, adapter_name=name, **options)
 
     def forward(
         self,
@@ -251,8 +293,7 @@ class RoutedUNet(ModelMixin, ConfigMixin):
         for i in sorted(set(experts)):
             rows = [row for row, expert in enumerate(experts) if expert == i]
             index = torch.tensor(rows, device=sample.device)
-            expert: Any = self.experts[i]
-            part = expert(**some_rows(inputs, index, B), return_dict=False)[0]
+            part = self.expert(i)(**some_rows(inputs, index, B), return_dict=False)[0]
             if not len(output):
                 output = part.new_empty(B, *part.shape[1:])
             output[index] = part

@@ -20,23 +20,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError, command_line
-from common.files import (
-    check_writable,
-    remove_leftovers,
-    temporary_folder,
-    write_json,
-)
+from common.files import check_writable, remove_leftovers, temporary_folder, write_json
 from common.hub import CONTENT, HUB_NAME, MAX_PROMPT_CHARACTERS, model_files
 from common.options import read_options
 from common.ranges import Number, Precision, check
 from gates import ArchSpace, inside, removed_layers
-from run import load_codes, newest_run, read_run
+from run import newest_run, read_run
 from sample import APTPPipeline
-from sharing.card import Published, model_card
+from sharing.card import model_card, published_summary
 from sharing.pruned_unet import PrunedUNet2DConditionModel, RoutedUNet
 from teacher import parts
 
@@ -76,26 +72,26 @@ def kept_units(space: ArchSpace, code: Tensor) -> dict[str, str]:
     )
 
 
-def published_unet(pipeline: APTPPipeline, expert: int | None = None) -> nn.Module:
-    """The run's experts as one module, or one of them."""
-    codes = load_codes(pipeline.run, pipeline.space)
-    kept = [kept_units(pipeline.space, code) for code in codes]
-    config = {k: v for k, v in pipeline.teacher.unet.config.items() if not k.startswith("_")}
-    config["sample_size"] = pipeline.teacher.latent_size  # by which diffusers sizes images
-    of_class: Any
-    if expert is not None:
-        of_class, config["kept"] = PrunedUNet2DConditionModel, kept[expert]
-        weights = pipeline.unet(expert).state_dict()
-    else:
-        of_class, config["kept"] = RoutedUNet, kept
-        states = [pipeline.unet(i).state_dict() for i in range(len(kept))]
-        weights = {
-            f"experts.{i}.{name}": w for i, one in enumerate(states) for name, w in one.items()
-        }
-    with torch.device("meta"):  # shapes without weights
-        unet: nn.Module = of_class.from_config(config)
-    unet.load_state_dict(weights, assign=True)
-    return unet.eval()
+def write_unet(pipeline: APTPPipeline, folder: Path, expert: int | None) -> list[str]:
+    """The run's experts, or one of them, with one at a time in memory.
+
+    Returns their entry in model_index.json.
+    """
+    config, N = pipeline.teacher.unet.config, len(pipeline.codes)
+    dense = {key: value for key, value in config.items() if not key.startswith("_")}
+    dense["sample_size"] = pipeline.teacher.latent_size  # by which diffusers sizes images
+    places = {i: folder / str(i) for i in range(N)} if expert is None else {expert: folder}
+    for i, place in places.items():
+        kept = kept_units(pipeline.space, pipeline.codes[i])
+        with torch.device("meta"):  # shapes without weights
+            unet = PrunedUNet2DConditionModel(**dense, kept=kept)
+        unet.load_state_dict(pipeline.made(i).state_dict(), assign=True)
+        unet.save_pretrained(place)
+    if expert is None:
+        RoutedUNet(N, **dense).save_config(folder)
+    shutil.copy(HERE / "pruned_unet.py", folder)
+    kind = RoutedUNet if expert is None else PrunedUNet2DConditionModel
+    return ["pruned_unet", kind.__name__]
 
 
 def write_router(pipeline: APTPPipeline, folder: Path, by_name: bool) -> None:
@@ -129,10 +125,9 @@ def write_part(part: Any, folder: Path) -> list[str]:
     """One of a pipeline's parts, and the Python that it needs; its entry in model_index.json."""
     part.save_pretrained(folder)
     library = type(part).__module__.partition(".")[0]
-    if library not in ("diffusers", "transformers"):
-        source = Path(parts.__file__ if library == "teacher" else HERE / "pruned_unet.py")
-        shutil.copy(source, folder)
-        library = source.stem
+    if library == "teacher":
+        shutil.copy(parts.__file__, folder)
+        library = Path(parts.__file__).stem
     return [library, type(part).__name__]
 
 
@@ -141,9 +136,11 @@ def write_pipeline(pipeline: APTPPipeline, folder: Path, cfg: Config) -> None:
     teacher = pipeline.teacher
     kind = type(teacher.pipe).__name__
     index: dict[str, Any] = {"_class_name": kind}
-    components = teacher.pipe.components | {"unet": published_unet(pipeline, cfg.expert)}
-    for name, part in components.items():
-        index[name] = [None, None] if part is None else write_part(part, folder / name)
+    for name, part in teacher.pipe.components.items():
+        if name == "unet":
+            index[name] = write_unet(pipeline, folder / name, cfg.expert)
+        else:
+            index[name] = [None, None] if part is None else write_part(part, folder / name)
     for setting in ("requires_safety_checker", "force_zeros_for_empty_prompt"):
         if setting in teacher.pipe.config:
             index[setting] = teacher.pipe.config[setting]
@@ -159,6 +156,24 @@ def write_pipeline(pipeline: APTPPipeline, folder: Path, cfg: Config) -> None:
     write_json(folder / "model_index.json", index)
 
 
+def write_card(pipeline: APTPPipeline, folder: Path, cfg: Config) -> None:
+    """The model card, what it says as summary.json, and the images that it shows."""
+    names = ("summary.json", "config.json", "assignments.json")
+    summary, settings, assigned = read_run(pipeline.run, *names)
+    summary, samples = published_summary(summary, pipeline), None
+    if cfg.expert is not None:
+        summary["experts"] = [summary["experts"][cfg.expert]]
+    elif (grid := pipeline.run / "report" / "samples.png").exists():
+        samples = "samples.webp"
+        with Image.open(grid) as image:
+            image.thumbnail((1000, 4000))
+            image.convert("RGB").save(folder / samples, quality=75)
+    about: dict[str, Any] = {"expert": cfg.expert, "license": cfg.license, "samples": samples}
+    card = model_card(summary, settings, prompts=len(assigned["train"]), **about)
+    write_json(folder / "summary.json", summary)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def publish(cfg: Config) -> Path:
     """Write the folder, whole or not at all.
 
@@ -169,8 +184,7 @@ def publish(cfg: Config) -> Path:
     out = cfg.out or run / "published"
     if out.exists():
         raise UserError(f"--out {out} exists; choose a new folder, or remove that one")
-    names = ("summary.json", "config.json", "assignments.json")
-    summary, settings, assigned = read_run(run, *names)
+    summary, *_ = read_run(run, "summary.json", "config.json", "assignments.json")
     if cfg.expert is not None and cfg.expert >= (N := summary["num_experts"]):
         raise UserError(f"--expert {cfg.expert} is not in {run}; choose one of 0 to {N - 1}")
     check_writable(out)
@@ -186,16 +200,7 @@ def publish(cfg: Config) -> Path:
         whole = folder / out.name
         whole.mkdir()
         write_pipeline(pipeline, whole, cfg)
-        about = Published(
-            prompts=len(assigned["train"]),
-            tuned=[pipeline.is_finetuned(i) for i in range(summary["num_experts"])],
-            expert=cfg.expert,
-            guidance=pipeline.teacher.guidance_scale,
-            resolution=pipeline.teacher.resolution,
-            license=cfg.license,
-        )
-        card = model_card(summary, settings, about)
-        (whole / "README.md").write_text(card, encoding="utf-8")
+        write_card(pipeline, whole, cfg)
         os.rename(whole, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,11 +11,12 @@ from gates import binarize
 from macs import measure_macs
 from prune_unet import cut_expert, find_units, save_expert
 from router import PromptEncoder, PromptRouter
-from run import expert_path
+from run import expert_path, shared_path
 from sample import APTPPipeline
 from sharing.pipeline import RoutedPipeline, RoutedXLPipeline
 from sharing.prompt_router import PromptRouter as PublishedRouter
-from sharing.publish import published_unet, write_router
+from sharing.pruned_unet import RoutedUNet
+from sharing.publish import write_router, write_unet
 from teacher.model import load_teacher
 
 EXPERTS = 3
@@ -23,8 +24,12 @@ PROMPT_DIM = 384  # of all-MiniLM
 PROMPTS = ("a giraffe", "a dog", "a red heart", "a slice of pizza", "two cats", "the moon")
 
 
-def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
-    """A run of three experts, of which number 1 is fine-tuned, on any teacher."""
+def write_run(folder: Path, teacher_name: str, depth: str = "all", shared: bool = False) -> Path:
+    """A run on any teacher: of three experts one is cut, one fine-tuned, one refitted.
+
+    Args:
+        shared: whether the first is cut out of shared weights.
+    """
     teacher = load_teacher(teacher_name)
     space = find_units(teacher.unet, depth)
     draw = torch.Generator().manual_seed(5)
@@ -47,8 +52,14 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
         parts = ("",) if i == 1 else ("conv2.weight", "to_out.0.weight")
         tensors = {k: weight for k, weight in own.state_dict().items() if k.endswith(parts)}
         save_expert(expert_path(folder, i), tensors, teacher.unet.config, codes[i], space)
+    if shared:  # expert 0 has no file of its own
+        dense = {
+            name: weight + 0.02 * torch.randn(weight.shape, generator=draw)
+            for name, weight in teacher.unet.state_dict().items()
+        }
+        save_tensors(shared_path(folder), dense, {"codes": codes.int().tolist()})
     write_json(folder / "assignments.json", {"train": [0, 1, 2, 0], "validation": [0]})
-    settings = {"target": "emoji", "data_dir": None, "limit": None, "seed": 0, "depth": depth}
+    settings = {"target": "emoji", "data_dir": None, "limit": 4, "seed": 0, "depth": depth}
     write_json(folder / "config.json", settings)
     experts = [
         {
@@ -77,21 +88,22 @@ def write_run(folder: Path, teacher_name: str, depth: str = "all") -> Path:
     return folder
 
 
-def tiny_run(place: Path, layout: str, depth: str) -> Path:
+def tiny_run(place: Path, layout: str, depth: str, shared: bool = False) -> Path:
     """A run of a tiny Stable Diffusion (`sd1`, `sd2`) or SDXL (`sdxl`)."""
     teacher = place / f"teacher-{layout}"
     if not teacher.exists():
         write_pipeline(teacher, layout)
-    return write_run(place / f"run-{layout}-{depth}", str(teacher), depth)
+    return write_run(place / f"run-{layout}-{depth}", str(teacher), depth, shared)
 
 
 def routed_pipeline(run: Path, place: Path) -> Any:
     """The published pipeline of a run, made here and now; `place` is a new folder."""
     pipeline = APTPPipeline.from_pretrained(run, "cpu")
     write_router(pipeline, place, by_name=False)
+    write_unet(pipeline, place / "unet", expert=None)
     components = {k: v for k, v in pipeline.teacher.pipe.components.items() if k != "unet"}
     of_class = RoutedXLPipeline if pipeline.teacher.reads_sizes else RoutedPipeline
     router = PublishedRouter.from_pretrained(place)
-    pipe = of_class(**components, unet=published_unet(pipeline), router=router)
+    pipe = of_class(**components, unet=RoutedUNet.from_pretrained(place / "unet"), router=router)
     pipe.set_progress_bar_config(disable=True)
     return pipe

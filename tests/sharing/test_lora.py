@@ -167,7 +167,7 @@ def test_an_adapter_that_diffusers_saved_with_its_settings(pipe, tmp_path):
     before = images(pipe)
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     pipe.fuse_lora()
-    for expert in pipe.unet.experts:
+    for expert in pipe.unet.experts.values():
         for name, module in expert.named_modules():
             if isinstance(module, BaseTunerLayer):
                 assert module.scaling["default_0"] == 3.0, name

@@ -58,27 +58,49 @@ def test_it_is_saved_and_loaded_as_any_model(unet, make_inputs, tmp_path):
     assert sum(w.numel() for w in load_file(next(tmp_path.glob("*.safetensors"))).values()) < dense
 
 
-def test_each_sample_goes_through_its_own_expert(unet, make_inputs, tmp_path):
-    """Of twice as many samples, as classifier-free guidance asks for, after saving and loading."""
-    space = find_units(unet, "all")
-    codes = [random_code(space, seed) for seed in range(3)]
-    kept = [kept_units(space, code) for code in codes]
-    experts = [pruned(unet, code, space) for code in codes]
-    RoutedUNet(**dict(unet.config), kept=kept).save_pretrained(tmp_path)
-    mixture = RoutedUNet.from_pretrained(tmp_path)
-    for own, expert in zip(mixture.experts, experts, strict=True):
-        own.load_state_dict(expert.state_dict())
-    mixture.rows, inputs = (rows := [2, 0, 2]), make_inputs(unet, 6)
+@pytest.fixture
+def mixture(smallest, tmp_path):
+    """Three experts, none of them loaded, and the experts themselves."""
+    space = find_units(smallest, "all")
+    experts = [pruned(smallest, random_code(space, seed), space) for seed in range(3)]
+    for i, expert in enumerate(experts):
+        expert.save_pretrained(tmp_path / str(i))
+    RoutedUNet(3, **dict(smallest.config)).save_config(tmp_path)
+    return RoutedUNet.from_pretrained(tmp_path), experts
+
+
+def test_each_sample_goes_through_its_own_expert(mixture, make_inputs, smallest, tmp_path):
+    """Of twice as many samples, as classifier-free guidance asks for; no other one is loaded."""
+    own, experts = mixture
+    own.rows, inputs = (rows := [2, 0, 2]), make_inputs(smallest, 6)
     with torch.no_grad():
-        found = mixture(**inputs).sample
+        found = own(**inputs).sample
         for i in set(rows):
             alone = experts[i](**inputs).sample
             for k in (k for k in range(6) if rows[k % 3] == i):
                 assert torch.allclose(found[k], alone[k], atol=1e-5)
+    assert {*own.experts} == {"0", "2"}
+    own.save_pretrained(tmp_path / "again")
+    again = RoutedUNet.from_pretrained(tmp_path / "again")
+    state = again.expert(1).state_dict()
+    assert all(torch.equal(state[name], w) for name, w in experts[1].state_dict().items())
 
 
-def test_a_batch_that_rows_do_not_fit_is_refused(smallest, make_inputs):
-    mixture = RoutedUNet(**dict(smallest.config), kept=[{}])
-    mixture.rows = [0, 0]
+def test_an_expert_that_is_loaded_later_goes_where_the_others_are(mixture):
+    own, _ = mixture
+    own.expert(0)
+    own.to(torch.bfloat16)
+    own.to("meta")
+    assert own.expert(2).dtype == own.dtype == torch.bfloat16
+    assert own.expert(2).device == own.device == torch.device("meta")
+
+
+def test_an_expert_that_does_not_exist_is_refused(mixture):
+    with pytest.raises(ValueError, match="no expert 3; choose 0 to 2"):
+        mixture[0].expert(3)
+
+
+def test_a_batch_that_rows_do_not_fit_is_refused(mixture, make_inputs, smallest):
+    mixture[0].rows = [0, 0]
     with pytest.raises(ValueError, match="3 samples"):
-        mixture(**make_inputs(smallest, 3))
+        mixture[0](**make_inputs(smallest, 3))

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from elsewhere import ALONE
+from PIL import Image
 from small_runs import PROMPTS, tiny_run, write_run
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
+from prune_unet import cut_expert
 from sample import APTPPipeline
 from sharing import publish
+from sharing.pruned_unet import RoutedUNet
 from sharing.publish import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,8 +30,8 @@ COPIED = ("pipeline", "prompt_router", "pruned_unet")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name in RUNS[:2]:
-        tiny_run(folder, *name.split("-"))
+    tiny_run(folder, "sdxl", "all")
+    tiny_run(folder, "sd2", "paper", shared=True)
     write_run(folder / "run-pocket", "pocket")
     return folder
 
@@ -96,6 +99,25 @@ def test_the_card_says_what_the_run_says(place, tmp_path):
     assert "trust_remote_code=True" in text and [p.name for p in out.parent.iterdir()] == ["folder"]
 
 
+def test_the_card_has_the_latency_and_the_samples_of_a_run_that_has_them(place, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(place / "run-sd2-paper", run)
+    summary = read_json(run / "summary.json")
+    where = {"device": "a GPU", "precision": "bf16", "batch": 2, "pixels": 512, "runtime": "eager"}
+    summary |= {"latency": where | {"dense": 0.02}, "latency_ratio_mean": 0.66}
+    for row, measured in zip(summary["experts"], (0.0123, 0.0151, None), strict=True):
+        row |= {"latency_ratio": 0.6, "latency_measured": measured, "latency_predicted": 0.0135}
+    write_json(run / "summary.json", summary)
+    (run / "report").mkdir()
+    Image.new("RGB", (3000, 1500), "red").save(run / "report" / "samples.png")
+    publish.publish(Config(run=run, out=out))
+    card = (out / "README.md").read_text()
+    assert all(f"| 0.60 | {t} |" in card for t in ("12.3 ms, measured", "13.5 ms, predicted"))
+    assert "of 20 ms a forward on a GPU, bf16" in card and "(samples.webp)" in card
+    with Image.open(out / "samples.webp") as image:
+        assert image.size == (1000, 500)
+
+
 def test_a_card_does_not_tell_where_a_teacher_lies(place, tmp_path):
     run = place / f"run-{RUNS[0]}"
     out = publish.publish(Config(run=run, out=tmp_path / "one", expert=2, license="mit"))
@@ -123,7 +145,7 @@ def test_a_kill_leaves_nothing_half_written(place, tmp_path, monkeypatch):
     """A killed process does not clean up; the next one does."""
     out = tmp_path / "out"
 
-    def killed(*_):
+    def killed(*_, **__):
         assert not out.exists() and list(tmp_path.glob(".out.*/out/unet/*"))
         raise KeyboardInterrupt
 
@@ -172,10 +194,14 @@ def test_copied_files_import_nothing_of_this_repository():
         assert not arrows((ROOT / "sharing" / f"{name}.py").read_text()), name
 
 
-def test_the_published_u_net_has_the_weights_of_the_run(place):
+def test_the_published_u_net_has_the_weights_of_the_run(place, tmp_path):
+    """Each expert's: cut out of the shared weights, fine-tuned, refitted."""
     pipeline = APTPPipeline.from_pretrained(place / "run-sd2-paper", "cpu")
-    unet = publish.published_unet(pipeline)
+    publish.write_unet(pipeline, tmp_path, None)
+    unet = RoutedUNet.from_pretrained(tmp_path)
     for i in range(3):
-        own, other = pipeline.unet(i).state_dict(), unet.experts[i].state_dict()
+        own, other = pipeline.unet(i).state_dict(), unet.expert(i).state_dict()
+        cut = cut_expert(pipeline.teacher.unet, pipeline.codes[i], pipeline.space).state_dict()
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own)
+        assert not torch.equal(own["conv_in.weight"], cut["conv_in.weight"]) or i == 2

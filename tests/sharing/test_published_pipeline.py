@@ -126,6 +126,11 @@ def test_what_cannot_be_is_refused(pipe, options, words):
 def test_an_ip_adapter_is_refused_in_one_line(pipe):
     with pytest.raises(ValueError, match="IP-Adapter"):
         pipe.load_ip_adapter("any")
+    parts = {k: v for k, v in pipe.components.items() if k not in ("unet", "router")}
+    one = type(pipe).__mro__[2](**parts, unet=pipe.expert(0))
+    adapter = {"image_proj": {"x": torch.ones(1)}, "ip_adapter": {"x": torch.ones(1)}}
+    with pytest.raises(ValueError, match="IP-Adapter"):
+        one.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
 
 
 def test_offloading_to_the_cpu_gives_the_same_images(place):
