@@ -1,7 +1,8 @@
-"""Kept cells and the ladder as tables."""
+"""Kept cells as the tables of the page."""
 
 import shutil
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -12,86 +13,90 @@ from docs import results
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A folder in the place of docs/results/."""
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return tmp_path
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    return tmp_path / "runs"
 
 
-def make(folder, name, r1, experts=8):
-    write_json(folder / name / "summary.json", {"num_experts": experts})
-    row = {"method": name.split("-")[0], "split": "train", "distance": 0.2, "r1": r1}
-    write_json(folder / name / "report" / "metrics.json", {"rows": [row]})
-
-
-def lines_of(text, title):
-    """The lines of the table with a title, each a list of its words, its head left out."""
-    own = text.split(f"### {title}\n")[1].split("###")[0].strip().splitlines()
-    return [[word.strip() for word in line.strip("|").split("|")] for line in own[2:]]
-
-
-def test_each_comparison_has_a_table_of_its_own(kept):
-    for folder, r1 in (
-        ("compare-emoji-0.5", 0.5),
-        ("compare-emoji-0.64", 0.6),
-        ("compare-emoji-16-experts-0.5", 0.7),
-        ("compare-emoji-4-experts-0.5", 0.8),
-    ):
-        make(kept / folder, "aptp-0@100", r1, experts=4 if "4-" in folder else 8)
-    make(kept / "compare-emoji-0.5", "aptp-1@100", 0.7)
-    text = results.tables(results.cells())
-    titles = [line for line in text.splitlines() if line.startswith("###")]
-    assert titles == [
-        "### 0.64 of the MACs",
-        "### 0.5 of the MACs",
-        "### 0.5 of the MACs: 4 experts",
-        "### 0.5 of the MACs: 16 experts",
+def finish(folder, method, seed, distance, tuning="cut", hits=(1, 0), steps=0):
+    """A cell as compare.py leaves it."""
+    captions = {"distance": [distance] * 2, "r1": list(hits)}
+    scores = [
+        {"method": method, "split": split, "distance": distance, "r1": 0.5, "captions": captions}
+        for split in ("train", "validation")
     ]
-    (line,) = lines_of(text, "0.5 of the MACs")
-    assert line[:4] == ["aptp", "train", "2", "800"] and line[-1] == "0.600 ± 0.141"
-    assert lines_of(text, "0.5 of the MACs: 4 experts")[0][3:] == ["400", "0.2000", "0.800"]
+    where = {"method": method, "seed": seed, "tuning": tuning, "steps_in_all": steps}
+    cell = where | {"scores": scores, "processor_seconds": {"pruning": 60.0, "tuning": 7.0}}
+    write_json(folder / f"{method}-{seed}@{tuning}" / "cell.json", cell)
 
 
-def test_a_ladder_has_one_seed_and_then_means_over_several(kept):
-    seeds = (("a", 0, 0.4), ("a", 1, 0.1), ("a", 2, 0.1), ("b", 0, 0.3), ("c", 1, 0.2))
-    for row, seed, distance in seeds:
-        values = {"row": row, "seed": seed, "distance": distance, "soft_ratio": 0.5}
-        write_json(kept / "ladder-0.5" / f"{row}-{seed}.json", values)
-    one, several = results.ladders()  # c was measured with seed 1 only: in neither
-    title = "Ladder at 0.5 of the MACs, training captions"
-    assert [line[:3] for line in lines_of(one, f"{title}, seed 0")] == [
-        ["b", "1", "0.3000"],
-        ["a", "1", "0.4000"],
-    ]
-    (line,) = lines_of(several, f"{title}, means over seeds")
-    assert line == ["a", "3", "0.2000 ± 0.1732", "", "", "0.500 ± 0.000", "", ""]
+def lines_of(table):
+    """The lines of a Markdown table, each a list of its words, its head left out."""
+    lines = [line for line in table.splitlines() if line.startswith("|")][2:]
+    return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
 
 
-def test_cells_of_comparisons_are_kept_in_one_file(kept, tmp_path):
+def test_cells_are_kept_in_one_file(kept):
     """A cell that was made anew takes the place of the old one; others stay."""
-
-    def finish(name, method, seed, distance):
-        row = {"method": method, "split": "train", "distance": distance, "captions": {"r1": [1]}}
-        where = {"method": method, "seed": seed, "finetune_steps": 0, "steps_in_all": 0}
-        cell = where | {"scores": [row], "soft_ratio": 0.5}
-        write_json(tmp_path / "runs" / name / f"{method}-{seed}" / "cell.json", cell)
-
-    finish("compare-emoji-0.5", "sp", 0, 0.4)
-    finish("compare-emoji-0.5", "aptp", 0, 0.1)
-    finish("compare-emoji-short-0.64", "aptp", 0, 0.3)
-    assert results.keep(tmp_path / "runs") == 3
-    finish("compare-emoji-0.5", "aptp", 0, 0.2)
-    finish("compare-emoji-0.5", "aptp", 1, 0.4)
-    shutil.rmtree(tmp_path / "runs" / "compare-emoji-short-0.64")
-    assert results.keep(tmp_path / "runs") == 3
-    assert len((kept / "cells.jsonl").read_text().splitlines()) == 4
-    text = results.tables(results.cells())
-    lines = lines_of(text, "0.5 of the MACs")
-    assert [(line[0], line[2], line[-1]) for line in lines] == [
-        ("aptp", "2", "0.3000 ± 0.1414"),
-        ("sp", "1", "0.4000"),
-    ]
-    assert lines_of(text, "0.64 of the MACs: short")[0][-1] == "0.3000"
+    half, short = kept / "compare-emoji-0.5", kept / "compare-emoji-short-0.64"
+    finish(half, "sp", 0, 0.4)
+    finish(half, "aptp", 0, 0.1)
+    finish(short, "aptp", 0, 0.3)
+    assert results.keep(kept) == 3
+    finish(half, "aptp", 0, 0.2)
+    finish(half, "aptp", 1, 0.4)
+    shutil.rmtree(short)
+    assert results.keep(kept) == 3 and len(results.kept_cells()) == 4
+    page = "a\n<!-- table scores: 0.5 of the MACs -->\nold\n<!-- end -->\nb\n"
+    page += "<!-- table as cut: 0.64 of the MACs, short -->\n<!-- end -->"
+    text = results.filled(page)
+    assert results.filled(text) == text and text.startswith("a\n<!--") and "old" not in text
+    own, other = text.split("\nb\n")
+    first, second = lines_of(own)
+    assert first[:6] == ["aptp", "cut", "0", "2", "67", "0.3000 ± 0.1414"]
+    assert second[:6] == ["sp", "cut", "0", "1", "67", "0.4000"]
+    assert lines_of(other)[0][5] == "0.3000"
 
 
-def test_no_cell_is_an_error(kept):
+def test_a_table_that_does_not_exist_is_refused(kept):
     with pytest.raises(UserError, match=r"--keep runs"):
-        results.cells()
+        results.filled("")
+    finish(kept / "compare-emoji-0.5", "aptp", 0, 0.1)
+    results.keep(kept)
+    with pytest.raises(UserError, match=r"no table scores: 0\.9.*0\.5 of the MACs"):
+        results.filled("<!-- table scores: 0.9 of the MACs -->\n<!-- end -->")
+
+
+def test_intervals_are_those_of_means_of_independent_captions():
+    """Against the closed form: one seed, and seeds alike but for a shift."""
+    draw = np.random.default_rng(1)
+    captions = draw.normal(0.3, 1.0, 400)
+    mean, low, high = results.interval(captions[None])
+    error = captions.std() / 20
+    assert mean == pytest.approx(captions.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    shifts = np.linspace(-2, 2, 30)
+    _, low, high = results.interval(captions + shifts[:, None])
+    wider = np.hypot(error, shifts.std() / 30**0.5)
+    assert high - low == pytest.approx(2 * 1.96 * wider, rel=0.1)
+
+
+def test_only_methods_tuned_alike_are_compared(kept):
+    folder = kept / "compare-emoji-0.5"
+    finish(folder, "aptp", 0, 0.1, "refit+100", (1, 1), steps=800)
+    finish(folder, "uni-arch", 0, 0.3, "refit-4096+800", (1, 0), steps=800)
+    finish(folder, "uni-arch", 1, 0.9, "refit-4096+800", (0, 0), steps=800)  # a seed too many
+    finish(folder, "sp", 0, 0.3, "800", steps=800)
+    finish(folder, "norm", 0, 0.3, "refit-4096+100", steps=100)
+    results.keep(kept)
+    found = lines_of(results.filled("<!-- table differences: 0.5 of the MACs -->\n<!-- end -->"))
+    assert {line[3] for line in found} == {"uni-arch, refit-4096+800"}
+    assert [line[:2] + line[4:] for line in found][0] == [
+        *("validation", "distance ↓", "1", "-0.2000 [-0.2000, -0.2000]", "yes")
+    ]
+    assert found[1][5].startswith("+0.500 [+0.000") and found[1][6] == "no"
+
+
+def test_the_page_is_that_of_the_cells():
+    page = (results.DOCS / "results.md").read_text(encoding="utf-8")
+    assert results.MARK.search(page) and results.filled(page) == page
