@@ -1,14 +1,14 @@
 """The comparisons' finished cells, kept in `docs/results/cells.jsonl`, and what is said of them.
 
     python -m docs.results --keep runs      # add the cells that `compare.py` has finished
-    python -m docs.results                  # write the tables of docs/results.md and the figure
+    python -m docs.results                  # write the tables of README.md and docs/results.md
 
 `cells.jsonl` has a line for each cell, with the name of its comparison's folder. A comparison with
 settings of its own (`compare.py --out runs/compare-emoji-depth-paper-0.5`) has a variant: what
 stands in the name between target and budget.
 
-In the page, a table stands between two comments, `<!-- table KIND: WHICH -->` and `<!-- end -->`; a
-test holds page and file together. Differences come with an interval: a bootstrap that samples
+In a page, a table stands between two comments, `<!-- table KIND: WHICH -->` and `<!-- end -->`; a
+test holds pages and file together. Differences come with an interval: a bootstrap that samples
 captions and seeds, both paired.
 """
 
@@ -34,6 +34,7 @@ from evaluation.tables import AS_CUT, SCORES, aggregate, markdown, rows_of
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
+PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
 RESAMPLES = 10_000
 SPLITS = ("validation", "train")  # held-out captions first
 SHOWN = ("distance", "distance_exchanged", "r1", "frechet")  # of SCORES, in the page
@@ -88,8 +89,15 @@ def heading(variant: str, budget: float) -> str:
     return f"{budget:g} of the MACs" + (f", {variant}" if variant else "")
 
 
-def scores(cells: Sequence[Cell], budget: float) -> str:
-    """A comparison's scores: a line for each method and tuning, both splits side by side."""
+def scores(
+    cells: Sequence[Cell], budget: float, shown: Sequence[str] = SHOWN, needed: str = "distance"
+) -> str:
+    """A comparison's scores: a line for each method and tuning, both splits side by side.
+
+    Args:
+        shown: keys of `SCORES`.
+        needed: lines without this score are left out.
+    """
     rows = [row for row in rows_of(cells) if row["split"] in SPLITS]
     by_split: dict[tuple[str, str], dict[str, Any]] = {}  # method, tuning -> split -> its line
     for line in aggregate(rows):
@@ -97,12 +105,19 @@ def scores(cells: Sequence[Cell], budget: float) -> str:
     table = []
     for (method, tuning), of_split in by_split.items():
         line = next(iter(of_split.values()))
+        if needed not in line:
+            continue
         cost = f"{line['processor_seconds']:.0f}" if "processor_seconds" in line else ""
-        values = [number(of_split.get(split, {}), key) for key in SHOWN for split in SPLITS]
+        values = [number(of_split.get(split, {}), key) for key in shown for split in SPLITS]
         table.append([method, tuning, line["steps_in_all"], line["seeds"], cost, *values])
     heads = ["method", "tuning", "steps in all", "seeds", "processor s"]
-    heads += [f"{SCORES[key][0]} {split}" for key in SHOWN for split in ("val.", "train")]
+    heads += [f"{SCORES[key][0]} {split}" for key in shown for split in ("val.", "train")]
     return tabulate(table, heads, tablefmt="github", disable_numparse=True)
+
+
+def summary(cells: Sequence[Cell], budget: float) -> str:
+    """The scores of images alone."""
+    return scores(cells, budget, ("r1", "frechet"), "r1")
 
 
 def number(line: dict[str, Any], key: str) -> str:
@@ -156,7 +171,7 @@ def differences(cells: Sequence[Cell], budget: float) -> str:
         for (method, tuning), own in values.items():
             for (other, theirs), scores_of in values.items():
                 how = alike.get((other, theirs))  # none: images of wrong experts
-                if method != FIRST or other == FIRST or how != alike[method, tuning]:
+                if method != FIRST or other in (FIRST, "dense") or how != alike[method, tuning]:
                     continue
                 n, digits = min(len(own), len(scores_of)), SCORES[key][1]
                 mean, low, high = interval(own[:n] - scores_of[:n])
@@ -178,6 +193,7 @@ def ablations(cells: Sequence[Cell], budget: float) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Cell], float], str]] = {
     "scores": scores,
+    "summary": summary,
     "differences": differences,
     "as cut": ablations,
 }
@@ -247,14 +263,15 @@ def main() -> None:
     runs = parser.parse_args().keep
     if runs is not None:
         print(f"kept {keep(runs)} cells in {RESULTS}")
-    page = DOCS / "results.md"
-    with replacing(page) as temporary:
-        temporary.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        text = filled(page.read_text(encoding="utf-8"))
+        with replacing(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
     cells = comparisons()[min(comparisons())]
     with replacing(RESULTS / "curve.svg") as temporary:
         curve(cells).savefig(temporary, format="svg", metadata={"Date": None})
-    print(f"wrote {page} and curve.svg from {len(kept_cells())} cells")
+    print(f"wrote the tables of {' and '.join(page.name for page in PAGES)} and curve.svg")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from short_start import shorten
 from small_data import make_folder
+from tqdm import tqdm
 
 import finetune
 import train
@@ -129,6 +131,8 @@ def serve(folder: Path) -> None:
     Prints its number and, once it is over, its exit status.
     """
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks, and stays held by one killed
+    tqdm.monitor_interval = 0
     quiet_libraries()
     shorten()
     setup = prepare(resolve(settings(folder / "none")))

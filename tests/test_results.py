@@ -91,12 +91,13 @@ def test_only_methods_tuned_alike_are_compared(kept):
     results.keep(kept)
     found = lines_of(results.filled("<!-- table differences: 0.5 of the MACs -->\n<!-- end -->"))
     assert {line[3] for line in found} == {"uni-arch, refit-4096+800"}
-    assert [line[:2] + line[4:] for line in found][0] == [
+    assert found[0][:2] + found[0][4:] == [
         *("validation", "distance ↓", "1", "-0.2000 [-0.2000, -0.2000]", "yes")
     ]
     assert found[1][5].startswith("+0.500 [+0.000") and found[1][6] == "no"
 
 
-def test_the_page_is_that_of_the_cells():
-    page = (results.DOCS / "results.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", results.PAGES, ids=lambda path: path.name)
+def test_a_page_is_that_of_the_cells(path):
+    page = path.read_text(encoding="utf-8")
     assert results.MARK.search(page) and results.filled(page) == page
