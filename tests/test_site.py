@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from common.errors import UserError
-from docs import results, site
+from docs import site
 from docs.equations import ROOT, equations
 from settings import Pruning, group
 
@@ -99,7 +99,3 @@ def test_every_switch_is_in_the_table_of_departures():
     assert {f"--{name.replace('_', '-')}" for name in group(Pruning, "hold_budget")} - {
         "--open-logit"
     } <= flags
-
-
-def test_the_kept_results_are_those_of_the_kept_cells():
-    assert results.tables(results.cells()) == (results.RESULTS / "tables.md").read_text("utf-8")
