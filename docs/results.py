@@ -218,42 +218,43 @@ def filled(page: str) -> str:
 # ---- figure ----
 
 
-PANELS = (
-    ("steps_in_all", "fine-tuning steps in all, held-out captions", "validation"),
-    ("steps_in_all", "fine-tuning steps in all, training captions", "train"),
-    ("processor_seconds", "processor seconds in all, held-out captions", "validation"),
+STEPS, SECONDS = "fine-tuning steps in all", "processor seconds in all"
+PANELS = (  # x, its name, score, split
+    ("steps_in_all", STEPS, "r1", "validation"),
+    ("steps_in_all", STEPS, "r1", "train"),
+    ("steps_in_all", STEPS, "distance", "validation"),
+    ("processor_seconds", SECONDS, "distance", "validation"),
 )
 MARKS = {"as cut": ("o", ":"), "refit": ("s", "-"), "shared": ("D", "--")}
 
 
 def curve(cells: Sequence[Cell]) -> Figure:
-    """R@1 at one budget, by fine-tuning steps and by the processor's seconds."""
-    figure, panels = sheet(13, 4, ncols=3)
-    lines = [line for line in aggregate(rows_of(cells)) if "r1" in line]
-    for axes, (x, title, split) in zip(panels[0], PANELS, strict=True):
+    """Scores at one budget, by fine-tuning steps and by the processor's seconds."""
+    figure, panels = sheet(16, 4, ncols=4)
+    lines = aggregate(rows_of(cells))
+    for axes, (x, title, score, split) in zip(panels[0], PANELS, strict=True):
         shown: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for line in sorted(lines, key=lambda line: line[x]):
-            if line["split"] == split:
+            if line["split"] == split and score in line:
                 shown.setdefault((line["method"], kind_of(line["tuning"])), []).append(line)
         for (method, kind), points in shown.items():
             if method == "dense":
-                axes.axhline(points[0]["r1"], color="grey", label="teacher")
+                axes.axhline(points[0][score], color="grey", label="teacher")
             elif method in METHODS:
                 marker, style = MARKS[kind]
                 axes.errorbar(
                     [line[x] for line in points],
-                    [line["r1"] for line in points],
-                    np.nan_to_num([line["r1_std"] for line in points]),
+                    [line[score] for line in points],
+                    np.nan_to_num([line[f"{score}_std"] for line in points]),
                     label=f"{method}, {kind}",
                     color=f"C{METHODS.index(method)}",
                     marker=marker,
                     linestyle=style,
                     capsize=2,
                 )
-        axes.set(xlabel=title, ylabel="R@1", ylim=(0, None))
-    for axes in panels[0, :2]:
-        axes.set_xscale("symlog", linthresh=100)
-    panels[0, 0].legend(frameon=False, fontsize=7)
+        captions = "held-out" if split == "validation" else "training"
+        axes.set(xlabel=title, title=f"{SCORES[score][0]}, {captions} captions", ylim=(0, None))
+    panels[0, 2].legend(frameon=False, fontsize=8)
     return figure
 
 
