@@ -1,4 +1,4 @@
-"""Threads that run one at a time, in a fixed order, and stop where all of them have to come to."""
+"""Threads that take turns: one runs at a time, until a place that all have to come to."""
 
 from __future__ import annotations
 
