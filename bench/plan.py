@@ -4,11 +4,14 @@ The hours follow from exact MACs and the numbers of steps. A multiply-accumulate
 point operations. For an image, pruning runs the teacher forward, the gated U-Net forward, and its
 backward pass, which costs as much as a forward since the weights are frozen: three forwards. With
 checkpointing it is four. Fine-tuning trains weights: the teacher forward, the expert forward, and
-twice the expert's forward for its backward pass. What autoencoder and text encoder take is told
+twice the expert's forward for its backward pass. Refitting runs teacher and expert forward through
+the gated U-Net, and sums X^T X and X^T R. What autoencoder and text encoder take is told
 apart: an image is encoded once, a caption too where all of them fit into memory.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cache import cache_folder
 from common.files import read_json
+from gates import ArchSpace
 from latency import latency_model
 from macs import check_budget, measure_macs
-from prune_unet import example_inputs, find_units, meta_copy
+from prune_unet import example_inputs, find_units, gated_module, meta_copy
 from run import PAPER_PIXELS, given_table
-from settings import Pruning, finetuning_of
+from settings import Finetuning, Pruning, finetuning_of
 from teacher.encoded import SHARE
 from teacher.model import PRECISIONS
 from teacher.parts import AutoencoderDC
@@ -62,6 +66,37 @@ def activation_bytes(unet: UNet2DConditionModel, latent_size: int, tokens: int) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def refit_costs(
+    unet: UNet2DConditionModel, space: ArchSpace, latent_size: int, tokens: int, share: float
+) -> tuple[int, int, int, int]:
+    """Of refitting an expert that keeps a share of each layer's units, in float32.
+
+    Returns:
+        MACs of the normal equations of one image; bytes that one waiting image keeps, for teacher
+        and expert, at most; bytes of the largest X^T X and its factor; bytes of the new weights.
+    """
+    model = meta_copy(unet)
+    macs, inner, largest, weights, skips = 0, 0, 0, 0, 0
+
+    def layer(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs, inner, largest, weights
+        K, outputs = int(share * module.weight[0].numel()), module.weight.shape[0]
+        macs += output.numel() // outputs * K * (K + outputs)
+        inner = max(inner, inputs[0].numel() + 3 * output.numel())  # stream, residual, output
+        largest, weights = max(largest, 2 * K * K), weights + K * outputs
+
+    def down(module: Any, inputs: Any, output: tuple[Tensor, tuple[Tensor, ...]]) -> None:
+        nonlocal skips
+        skips += sum(skip.numel() for skip in output[1])
+
+    for width_layer in space.width_layers:
+        gated_module(model, width_layer)[0].register_forward_hook(layer)
+    for block in model.down_blocks:
+        block.register_forward_hook(down)
+    model(**example_inputs(model, latent_size, tokens))
+    return macs, 2 * 4 * (skips + inner), 4 * largest, 4 * weights
 
 
 def encoder_macs(cfg: Pruning, width: int, pixels: int, tokens: int) -> tuple[int, int]:
@@ -148,6 +183,41 @@ budget {cfg.budget:g} of {whole}; with everything pruned {cost.floor / cost.dens
 {notes}"""
 
 
+def what_is_refitted(
+    cfg: Pruning,
+    tuning: Finetuning,
+    unet: UNet2DConditionModel,
+    sizes: tuple[int, int],
+    dense: float,
+) -> str:
+    """What experts take that are refitted, and what shared weights take, several lines.
+
+    Args:
+        sizes: of latents, and of text in tokens.
+        dense: MACs of a forward of the dense U-Net.
+    """
+    N, n = cfg.num_experts, tuning.refit_images
+    params = sum(p.numel() for p in unet.parameters())
+    space = find_units(unet, cfg.depth)
+    equations, waiting, largest, weights = refit_costs(unet, space, *sizes, cfg.budget)
+    macs = N * n * (2 * dense + equations)
+    return f"""\
+refitting    {N} experts x {n} images
+  MACs       {2 * dense / 1e9:.1f} G an image (teacher and expert, both through the dense U-Net), \
+{equations / 1e9:.1f} G of normal equations
+  time       {2 * macs / cfg.tflops / 1e12:.2g} seconds of one GPU in all
+  memory     {4 * params / GIB:.1f} GiB of weights, {largest / GIB:.2f} GiB of normal equations, \
+up to {n * waiting / GIB:.2f} GiB ({waiting / 2**20:.1f} MiB an image) of what waits at a layer
+  disk       about {N * weights / GIB:.2g} GiB of experts that are refitted alone
+
+shared       one set of weights (finetune.py --shared) instead of {N} experts
+  MACs       {4 * dense / 1e9:.1f} G an image (teacher 1 + dense 3)
+  memory     {4 * params / GIB:.1f} GiB of the teacher, {16 * params / GIB:.1f} GiB of weights, \
+gradients and moments
+  disk       {4 * params / GIB:.1f} GiB
+"""
+
+
 def plan(cfg: Pruning) -> str:
     """The plan of a run, several lines. Raises `UserError` where the budget cannot be reached.
 
@@ -201,6 +271,7 @@ fine-tuning  {cfg.num_experts} experts x {tuning.steps} steps x {tuning.batch_si
 {tuning_hours / cfg.num_experts:.1f} an expert
   memory     {(weights + 4 * expert) / GIB:.1f} GiB of weights, gradients and moments
 
+{what_is_refitted(cfg, tuning, unet, (size, tokens), macs.dense)}
 {what_is_encoded(cfg, unet, pixels, tokens, steps * cfg.batch_size + images)}
 disk         {cfg.num_experts * expert / GIB:.1f} GiB of experts, {3 * expert / GIB:.1f} GiB of a \
 checkpoint while one is fine-tuned

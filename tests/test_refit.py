@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import refit
+from bench.plan import refit_costs
 from gates import binarize, removed_layers
 from prune_unet import cut_expert, find_units, gated_module, gated_path, stream_module
 
@@ -197,3 +198,22 @@ def test_a_layer_that_does_not_gain_keeps_its_weights(smallest, make_inputs):
     weights, fits = refit.refit(smallest, space, code_of(space), inputs, 1e-6)
     kept = {fit.layer for fit in fits if not fit.gains}
     assert kept and not any(name.startswith(tuple(f"{x}." for x in kept)) for name in weights)
+
+
+def test_the_plan_says_what_the_sums_over_rows_cost(smallest, make_inputs, monkeypatch):
+    """Of a real refit with nothing cut: MACs of X^T X and X^T R, their size, the new weights'."""
+    sums, add = [], refit.Regression.add
+
+    def counted(self, x, r):
+        sums.append((len(x) * x.shape[1] * (x.shape[1] + r.shape[1]), 2 * 4 * x.shape[1] ** 2))
+        add(self, x, r)
+
+    monkeypatch.setattr(refit.Regression, "add", counted)
+    monkeypatch.setattr(refit.Fit, "gains", True)
+    space = find_units(smallest)
+    inputs = make_inputs(smallest, 1)
+    weights, _ = refit.refit(smallest, space, torch.ones(space.size), inputs)
+    macs, _, largest, new = refit_costs(smallest, space, 8, 5, share=1.0)
+    assert macs == sum(count for count, _ in sums) > 0
+    assert largest == max(size for _, size in sums)
+    assert new == 4 * sum(weight.numel() for weight in weights.values())
