@@ -234,9 +234,7 @@ def refitted(task: Task, i: int) -> dict[str, Tensor]:
     batch = task.batch(rows[batch_rows(len(rows), cfg.refit_images, cfg.seed, 0)], generator)
     clock = time.time()
     unet = task.dense.to(task.teacher.device)
-    tensors, fits = refit(
-        unet, task.space, task.codes[i], batch.inputs(), cfg.ridge, cfg.micro_batch
-    )
+    tensors, fits = refit(unet, task.space, task.codes[i], batch.inputs(), cfg.ridge)
     left = [fit.layer for fit in fits if not fit.gains]
     print(
         f"expert {i}: {len(tensors)} layers refitted on {cfg.refit_images} images in "

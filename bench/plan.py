@@ -74,7 +74,7 @@ def refit_costs(
     """Of refitting an expert that keeps a share of each layer's units, in float32.
 
     Returns:
-        MACs of the normal equations of one image; bytes that one waiting image keeps, for teacher
+        MACs of the normal equations of one image; bytes of what is kept of one image, for teacher
         and expert, at most; bytes of the largest X^T X and its factor; bytes of the new weights.
     """
     model = meta_copy(unet)
@@ -207,7 +207,7 @@ refitting    {N} experts x {n} images
 {equations / 1e9:.1f} G of normal equations
   time       {2 * macs / cfg.tflops / 1e12:.2g} seconds of one GPU in all
   memory     {4 * params / GIB:.1f} GiB of weights, {largest / GIB:.2f} GiB of normal equations, \
-up to {n * waiting / GIB:.2f} GiB ({waiting / 2**20:.1f} MiB an image) of what waits at a layer
+up to {n * waiting / GIB:.2f} GiB ({waiting / 2**20:.1f} MiB an image) of skips and streams
   disk       about {N * weights / GIB:.2g} GiB of experts that are refitted alone
 
 shared       one set of weights (finetune.py --shared) instead of {N} experts

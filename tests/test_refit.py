@@ -77,7 +77,7 @@ def test_a_layer_is_the_least_squares_solution_where_the_forward_has_come_to(
     if not layers:
         pytest.skip("this U-Net has none")
     code = code_of(space, -0.2)
-    weights, fits = refit.refit(unet, space, code, inputs, RIDGE, micro_batch=10)
+    weights, fits = refit.refit(unet, space, code, inputs, RIDGE)
     order = [fit.layer for fit in fits]
     layer = max((x for x in layers if x.name in order), key=lambda x: order.index(x.name))
     name = f"{gated_path(layer)}.weight"
@@ -91,9 +91,8 @@ def test_a_layer_is_the_least_squares_solution_where_the_forward_has_come_to(
     x, _, own = seen(expert, layer, inputs)
     module = expert.get_submodule(gated_path(layer))
     bias = 0 if module.bias is None else module.bias
-    fitted = torch.arange(IMAGES) % 8 != 7
-    target = rows((y + stream - own)[fitted]) - bias
-    x = x[fitted]
+    target = rows((y + stream - own)[IMAGES // 8 :]) - bias
+    x = x[IMAGES // 8 :]
     X = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1).double() if x.ndim == 4 else rows(x)
     old = module.weight.flatten(1).double()
     weight = math.sqrt(RIDGE * X.square().sum(0).mean().item())
@@ -123,7 +122,7 @@ def test_the_expert_computes_what_its_half_of_the_forward_did(unet, inputs, thre
         wanted = unet(**inputs).sample
     weights, _ = refit.refit(unet, space, code, inputs, RIDGE)
     hook.remove()
-    teacher, half = ends[1][::2], ends[1][1::2]
+    teacher, half = ends[1].chunk(2)
     expert = refitted(unet, code, space, weights)
     with torch.no_grad():
         own, cut = (m(**inputs).sample for m in (expert, cut_expert(unet, code, space)))
@@ -133,15 +132,6 @@ def test_the_expert_computes_what_its_half_of_the_forward_did(unet, inputs, thre
     if threshold < 0:  # of a network with random weights, little more can be made up for
         assert (own - wanted).square().mean() < 0.8 * (cut - wanted).square().mean()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
-
-
-def solved(module, x, target, old, ridge):
-    """New weights, and a layer's errors before and after, on the rows that it is fitted to."""
-    regression = refit.Regression(old, ridge)
-    regression.add(*refit.rows_of(module, x, target))
-    regression.solve()
-    regression.compare(*refit.rows_of(module, x, target))
-    return regression.new.float().view(old.shape), regression.errors()
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -158,62 +148,49 @@ def test_copies_of_kept_channels_are_recovered_exactly(kind):
         )
         full = torch.cat([x, x], 1)
     target, old = module(full).detach(), module.weight.detach()
-    new, (before, after) = solved(module, x, target, old[:, :4], 1e-9)
+    new, (before, after) = refit.solved(module, x, target, old[:, :4], 1e-9)
     assert torch.allclose(new, old[:, :4] + old[:, 4:], atol=1e-5)
     assert after < 1e-10 < before
 
 
-def test_batches_of_any_size_give_the_same_weights(smallest, make_inputs):
-    space = find_units(smallest)
-    inputs = make_inputs(smallest, 64, seed=4)
-    code = code_of(space)
-    whole, fits = refit.refit(smallest, space, code, inputs, RIDGE, micro_batch=64)
-    for size in (16, 27):
-        parts, same = refit.refit(smallest, space, code, inputs, RIDGE, micro_batch=size)
-        assert parts.keys() == whole.keys() and len(parts) > 3
-        for name, new in parts.items():
-            assert torch.allclose(new, whole[name], atol=1e-4 * whole[name].abs().max().item())
-        assert [fit.layer for fit in same] == [fit.layer for fit in fits]
-        assert [x for fit in same for x in fit[1:]] == pytest.approx(
-            [x for fit in fits for x in fit[1:]], rel=1e-3
-        )
+def test_chunks_of_images_add_up(monkeypatch):
+    module, x = nn.Conv2d(4, 5, 3, padding=1), torch.randn(17, 3, 6, 6)
+    target, old = torch.randn(17, 5, 6, 6), module.weight.detach()[:, :3]
+    whole = refit.solved(module, x, target, old, RIDGE)
+    monkeypatch.setattr(refit, "CHUNK", 1)
+    parts = refit.solved(module, x, target, old, RIDGE)
+    assert torch.allclose(whole[0], parts[0], atol=1e-6)
+    assert whole[1] == pytest.approx(parts[1])
 
 
-def test_a_layer_that_does_not_gain_keeps_its_weights(smallest, make_inputs):
+def test_a_layer_that_does_not_gain_keeps_its_weights():
     """Features of zeros have no solution; two images to fit noise with gain nothing elsewhere."""
     module, draw = nn.Linear(40, 6), torch.Generator().manual_seed(0)
     old = module.weight.detach()
-    _, errors = solved(module, torch.zeros(16, 3, 40), torch.ones(16, 3, 6), old, RIDGE)
+    _, errors = refit.solved(module, torch.zeros(16, 3, 40), torch.ones(16, 3, 6), old, RIDGE)
     assert not refit.Fit("zeros", *errors).gains
     x = torch.randn(9, 3, 40, generator=draw)
     target = F.linear(x, old)
     target[1:] += 5 * torch.randn(8, 3, 6, generator=draw)
-    regression = refit.Regression(old, 1e-3)
-    regression.add(*refit.rows_of(module, x[1:], target[1:]))
-    regression.solve()
-    regression.compare(*refit.rows_of(module, x[:1], target[:1]))
-    assert not refit.Fit("noise", *regression.errors()).gains
-    # in a whole U-Net: 8 images, one of which decides
-    space, inputs = find_units(smallest), make_inputs(smallest, 8, seed=4)
-    weights, fits = refit.refit(smallest, space, code_of(space), inputs, 1e-6)
-    kept = {fit.layer for fit in fits if not fit.gains}
-    assert kept and not any(name.startswith(tuple(f"{x}." for x in kept)) for name in weights)
+    _, errors = refit.solved(module, x, target, old, 1e-3)
+    assert not refit.Fit("noise", *errors).gains
 
 
 def test_the_plan_says_what_the_sums_over_rows_cost(smallest, make_inputs, monkeypatch):
     """Of a real refit with nothing cut: MACs of X^T X and X^T R, their size, the new weights'."""
-    sums, add = [], refit.Regression.add
+    sums, rows_of = [], refit.rows_of
 
-    def counted(self, x, r):
-        sums.append((len(x) * x.shape[1] * (x.shape[1] + r.shape[1]), 2 * 4 * x.shape[1] ** 2))
-        add(self, x, r)
+    def counted(*arguments):
+        for x, r in rows_of(*arguments):
+            sums.append((len(x) * x.shape[1] * (x.shape[1] + r.shape[1]), 2 * 4 * x.shape[1] ** 2))
+            yield x, r
 
-    monkeypatch.setattr(refit.Regression, "add", counted)
+    monkeypatch.setattr(refit, "rows_of", counted)
     monkeypatch.setattr(refit.Fit, "gains", True)
     space = find_units(smallest)
     inputs = make_inputs(smallest, 1)
     weights, _ = refit.refit(smallest, space, torch.ones(space.size), inputs)
     macs, _, largest, new = refit_costs(smallest, space, 8, 5, share=1.0)
-    assert macs == sum(count for count, _ in sums) > 0
+    assert 2 * macs == sum(count for count, _ in sums) > 0  # once summed, once compared
     assert largest == max(size for _, size in sums)
     assert new == 4 * sum(weight.numel() for weight in weights.values())
