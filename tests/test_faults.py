@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from short_start import shorten
 from small_data import make_folder
+from tqdm import tqdm
 
 import finetune
 import train
@@ -138,6 +140,7 @@ def serve(folder: Path) -> None:
         script, arguments, fault = json.loads(line)
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(threading.RLock())  # its own is shared by forks, also once one is killed
             errors = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(errors, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
