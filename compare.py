@@ -367,7 +367,7 @@ def is_finished(cell: dict[str, Any] | None, cfg: Config) -> bool:
 
 def distances(run: Path, method: str, device: str) -> list[dict[str, Any]]:
     """The scores of a run's experts, without images."""
-    pipeline = APTPPipeline.from_pretrained(run, device)
+    pipeline = APTPPipeline.from_pretrained(run, device, precision="fp32")
     settings, assigned = read_run(run, "config.json", "assignments.json")
     found = []
     for split in ("train", "validation"):
@@ -384,7 +384,7 @@ def measure(cfg: Config, run: Path, method: str, seed: int, tuning: Tuning) -> d
         scores = distances(run, method, cfg.device)
     else:
         how = {f.name: getattr(cfg, f.name) for f in fields(Scoring)}
-        scoring = evaluate.Config(**how, device=cfg.device, dense=False)
+        scoring = evaluate.Config(**how, device=cfg.device, precision="fp32", dense=False)
         scores = evaluate.score(scoring, run)["rows"]
     summary, assigned = read_run(run, "summary.json", "assignments.json")
     share = shares(assigned["train"], summary["num_experts"])  # (N,)

@@ -142,7 +142,6 @@ def serve(folder: Path) -> None:
         script, arguments, fault = json.loads(line)
         child = os.fork()
         if child == 0:
-            tqdm.set_lock(threading.RLock())  # its own is shared by forks, also once one is killed
             errors = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(errors, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
