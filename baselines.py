@@ -1,4 +1,4 @@
-"""What APTP is compared with: Sec. 4.1 and 4.3. A method gives one code for all prompts.
+"""What APTP is compared with: Sec. 4.1 and 4.3. A method scores units for all prompts alike.
 
 | method | which units are closed first | looks at |
 |---|---|---|
@@ -11,9 +11,9 @@
 | `uni-arch` | units with the lowest logits of one code, trained as APTP's, no router | loss |
 | `dense` | none: the unpruned model, whatever the budget | - |
 
-All but `dense` score the units. `macs.meet_budget` then closes the lowest scores by one threshold,
-so every method meets the budget in the way that APTP's codes do. One threshold needs scores that
-can be compared between layers.
+`run.write_results` closes the lowest scores by one threshold, as it closes APTP's logits, so every
+method meets the budget in the same way, in MACs or in measured time. One threshold needs scores
+that can be compared between layers.
 How that is done, and what else differs from the papers: docs/departures.md#baselines.
 """
 
@@ -30,41 +30,35 @@ from torch import Tensor
 from common.randomness import step_generator
 from gates import ArchSpace, Layer, inside
 from importance import taylor_importance
-from macs import ROUNDING, CostModel, check_budget, meet_budget
+from macs import ROUNDING, CostModel
 from prune_unet import gated_module
 from router import PromptRouter
 from run import Setup
 from train import CHECKPOINT, optimise
 
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
+BUDGETS = {"dense": 1.0}  # the budget where a method asks for one
 ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
-def close_lowest(scores: Tensor, setup: Setup) -> Tensor:
-    """Scores (D,) -> gates in {0, 1}, (1, D), that meet the budget."""
-    return meet_budget(scores[None], torch.ones(1), setup.cost, setup.cfg.budget)
-
-
 def dense(setup: Setup, router: PromptRouter) -> Tensor:
-    """The unpruned model: all gates open, (1, D)."""
+    """The unpruned model: its budget closes none, (1, D)."""
     return torch.ones(1, setup.space.size)
 
 
 def random(setup: Setup, router: PromptRouter) -> Tensor:
-    """A code that closes units at random, (1, D)."""
+    """Scores at random, (1, D)."""
     generator = step_generator(setup.cfg.seed, "random code")
-    scores = torch.rand(setup.space.size, generator=generator)  # (D,)
-    return close_lowest(scores, setup)
+    return torch.rand(1, setup.space.size, generator=generator)
 
 
 # ---- norm ----
 
 
 def norm(setup: Setup, router: PromptRouter) -> Tensor:
-    """The code that closes units of small weights, (1, D). Li et al., 2017."""
-    scores = relative_norms(setup.teacher.unet, setup.space)
-    return close_lowest(scores, setup)
+    """Units of small weights score low, (1, D). Li et al., 2017."""
+    return relative_norms(setup.teacher.unet, setup.space)[None]
 
 
 @torch.no_grad()
@@ -112,34 +106,32 @@ def unit_norms(unet: UNet2DConditionModel, layer: Layer) -> Tensor:
 
 
 def sp(setup: Setup, router: PromptRouter) -> Tensor:
-    """The code that closes units of small Taylor importance, (1, D). Fang et al., 2023."""
-    return close_lowest(taylor_importance(setup)[0], setup)
+    """Units of small Taylor importance score low, (1, D). Fang et al., 2023."""
+    return taylor_importance(setup)
 
 
 def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
-    """Codes that close, for each cluster of prompts, what matters least to it, (N, D).
+    """What matters least to a cluster of prompts scores low in its row, (N, D).
 
     Nothing is trained. The prompt embeddings are clustered, with clusters of like size, which
     `router` routes to; importance is that of each cluster's prompts, over `ROUTED_BATCHES` batches.
     """
     router.start_codes(setup.z, seed=setup.cfg.seed)
-    clusters = router.route(setup.z).cpu()  # (rows,)
-    scores = taylor_importance(setup, clusters, ROUTED_BATCHES)  # (N, D)
-    shares = torch.bincount(clusters, minlength=len(scores)) / len(clusters)  # (N,)
-    return meet_budget(scores, shares, setup.cost, setup.cfg.budget)
+    return taylor_importance(setup, router.route(setup.z).cpu(), ROUTED_BATCHES)
 
 
 # ---- bksdm ----
 
 
 def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
-    """The code that removes blocks in BK-SDM's order down to the budget, (1, D). Kim et al., 2023.
+    """Blocks that go in BK-SDM's order down to the budget score -inf, (1, D). Kim et al., 2023.
+
+    T(a) says how many those are. What the expert turns out to take moves other units alone.
 
     Raises:
         ValueError: the space is not one of depth "all".
     """
     space = setup.space
-    check_budget(setup.cfg.budget, setup.cost)
     removed, following = blocks_to_remove(setup.cost, setup.cfg.budget)
     scores = relative_norms(setup.teacher.unet, space)
     beyond = scores.max() + 1  # more than two scores can differ by
@@ -150,7 +142,7 @@ def bksdm(setup: Setup, router: PromptRouter) -> Tensor:
             scores[layer.span] += beyond  # closed later than any width
         elif inside(layer, following):
             scores[layer.span] -= beyond  # closed earlier than the others
-    return close_lowest(scores, setup)
+    return scores[None]
 
 
 def blocks_to_remove(cost: CostModel, budget: float) -> tuple[list[str], list[str]]:
@@ -202,12 +194,7 @@ def removal_order(space: ArchSpace) -> list[list[str]]:
 
 
 def uni_arch(setup: Setup, router: PromptRouter) -> Tensor:
-    """The code that is trained for all prompts at once, (1, D). Sec. 4.3."""
-    return close_lowest(train_code(setup), setup)
-
-
-def train_code(setup: Setup) -> Tensor:
-    """Logits of one code after training on denoising, distillation and resource loss, (D,).
+    """Logits of one code that is trained for all prompts at once, (1, D). Sec. 4.3.
 
     The steps are those of Eq. 15 with N = 1, where routing has nothing to choose, and without the
     contrastive loss. They are logged and can be resumed, as those of `train.py`.
@@ -221,16 +208,16 @@ def train_code(setup: Setup) -> Tensor:
     alone = replace(cfg, num_experts=1, lambda_cont=0.0, warmup_steps=0, joint_steps=steps)
     router, _ = optimise(replace(setup, cfg=alone))
     (cfg.out / CHECKPOINT).unlink()
-    return router.codes.detach()[0].cpu()
+    return router.codes.detach().cpu()
 
 
 def routed_uni(setup: Setup, router: PromptRouter) -> Tensor:
-    """`uni_arch`'s code N times, (N, D): experts that differ in their fine-tuning alone.
+    """`uni_arch`'s code for N experts, (1, D), which differ in their fine-tuning alone.
 
     They are fine-tuned on clusters of the prompt embeddings, the same as `routed_sp`'s.
     """
     router.start_codes(setup.z, seed=setup.cfg.seed)
-    return uni_arch(setup, router).repeat(setup.cfg.num_experts, 1)
+    return uni_arch(setup, router)
 
 
 METHODS: dict[str, Callable[[Setup, PromptRouter], Tensor]] = {

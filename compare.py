@@ -239,7 +239,7 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
     with processor_seconds(run, "pruning"):
         setup = prepared(cfg, last, scored)
         start_folder(setup, settings)
-        given, codes, seconds, routing = None, None, dict[str, float](), dict[str, float]()
+        given, scores, seconds, routing = None, None, dict[str, float](), dict[str, float]()
         if method.clusters:
             given = given_experts(method.clusters, setup)
             cfg = replace(cfg, num_experts=int(given["train"].max()) + 1)
@@ -250,12 +250,14 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
                 routing["agreement"] = agreement(router, setup)
         else:
             router = setup.start_router()
-            codes = baselines.METHODS[method.base](setup, router)  # (N, D)
+            scores = baselines.METHODS[method.base](setup, router)  # (N, D) or (1, D)
+            budget = baselines.BUDGETS.get(method.base, cfg.budget)
+            setup = replace(setup, cfg=replace(cfg, budget=budget))
         if (run / "metrics.csv").exists():
             soft = read_log(run / "metrics.csv")["cost_ratio"]
             routing["soft_ratio"] = float(soft[-max(1, len(soft) // 4) :].mean())
         write_json(run / "routing.json", routing)
-        write_results(setup, router, seconds, codes=codes, method=method.name, given=given)
+        write_results(setup, router, seconds, scores=scores, method=method.name, given=given)
         (run / train.CHECKPOINT).unlink(missing_ok=True)
     return read_run(run, "summary.json")[0]["num_experts"]
 

@@ -427,8 +427,7 @@ def meet_in_time(
     *,
     device: str,
     budget: float,
-    codes: Tensor,
-    logits: Tensor | None,
+    logits: Tensor,
     shares: Tensor,
     clock: Clock = time_in_turns,
 ) -> tuple[Tensor, dict[str, Any], list[dict[str, Any]]]:
@@ -440,19 +439,16 @@ def meet_in_time(
         unet: the dense one.
         cost: T(a) of the table.
         device: where experts can be timed, such as `cuda:0`.
-        codes: binary codes that meet the budget in the table's time, (N, D).
-        logits: what they were made of, (N, D); None where they are to stay as they are.
+        logits: of which the lowest are closed, (N, D).
         shares: of the prompts, (N,).
     """
-    measured = None
+    codes, measured = meet_budget(logits, shares, cost, budget), None
     if table["machine"]["device"] == device_name(device):
         place = Place(**table["place"] | {"device": device})
+        cost = correct(cost, codes, shares, time_experts(unet, codes, cost, place, clock))
+        within = min(1.0, max(budget, cost.floor / cost.dense))  # what is left is told
+        codes = meet_budget(logits, shares, cost, within)
         measured = time_experts(unet, codes, cost, place, clock)
-        cost = correct(cost, codes, shares, measured)
-        if logits is not None:
-            within = min(1.0, max(budget, cost.floor / cost.dense))  # what is left is told
-            codes = meet_budget(logits, shares, cost, within)
-            measured = time_experts(unet, codes, cost, place, clock)
     predicted = cost(codes)  # (N,)
     known = predicted if measured is None else measured
     mean = shares.double() @ known / shares.double().sum()

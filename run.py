@@ -442,11 +442,11 @@ def write_results(
     router: PromptRouter,
     seconds: dict[str, float],
     *,
-    codes: Tensor | None = None,
+    scores: Tensor | None = None,
     method: str = "aptp",
     given: dict[str, Tensor] | None = None,
 ) -> None:
-    """Route every prompt as at test time, make the codes binary, and write the run's results.
+    """Route every prompt as at test time, meet the budget, and write the run's results.
 
     `summary.json` comes last.
 
@@ -454,7 +454,7 @@ def write_results(
         setup: what the method was given.
         router: trained; for a method with one expert, any router.
         seconds: time of each stage.
-        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
+        scores: of another method's units, (N, D) or (1, D); if absent, the router's codes.
         method: its name.
         given: for a control, the expert of each row by split, whatever the router says.
     """
@@ -469,7 +469,8 @@ def write_results(
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
         for split, experts in routed.items()
     }
-    codes, latency, latencies = final_codes(setup, router, codes, usage["train"])
+    scores = router.codes if scores is None else scores
+    codes, latency, latencies = final_codes(setup, scores, usage["train"])
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),
@@ -500,29 +501,31 @@ def write_results(
 
 
 def final_codes(
-    setup: Setup, router: PromptRouter, codes: Tensor | None, shares: Tensor
+    setup: Setup, scores: Tensor, shares: Tensor
 ) -> tuple[Tensor, dict[str, Any], list[dict[str, Any]]]:
     """Binary codes, (N, D), and what a budget of time adds to a run's summary and its experts.
 
     Args:
-        codes: binary codes of another method, (N, D); if absent, the router's, made binary.
+        scores: of units, of which the lowest are closed, (N, D); (1, D) where experts share a code.
         shares: of the prompts, (N,).
     """
-    logits = router.codes.detach().cpu() if codes is None else None
-    if codes is None:
-        codes = meet_budget(router.codes, shares, setup.cost, setup.cfg.budget)
+    budget, again = setup.cfg.budget, len(shares) // len(scores)
+    if len(scores) == 1:
+        shares = shares.sum(0, keepdim=True)
     if setup.table is None:
-        return codes, {}, [{} for _ in codes]
-    return meet_in_time(
-        setup.teacher.unet,
-        setup.cost,
-        setup.table,
-        device=str(setup.teacher.device),
-        budget=setup.cfg.budget,
-        codes=codes,
-        logits=logits,
-        shares=shares,
-    )
+        codes, summary = meet_budget(scores, shares, setup.cost, budget), dict[str, Any]()
+        experts: list[dict[str, Any]] = [{}] * len(codes)
+    else:
+        codes, summary, experts = meet_in_time(
+            setup.teacher.unet,
+            setup.cost,
+            setup.table,
+            device=str(setup.teacher.device),
+            budget=budget,
+            logits=scores,
+            shares=shares,
+        )
+    return codes.repeat(again, 1), summary, experts * again
 
 
 def describe_experts(

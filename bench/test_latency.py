@@ -15,7 +15,6 @@ import torch
 from bench.costs import SEED
 from common.randomness import step_generator
 from latency import Place, latency_model, measure_table, meet_in_time
-from macs import meet_budget
 from prune_unet import find_units
 from teacher.shapes import CLIP_TOKENS, PIXELS
 
@@ -43,10 +42,9 @@ def test_experts_at_a_latency_budget(benchmark, report_ratio, unet, timed, budge
         EXPERTS, cost.space.size, generator=step_generator(SEED, "latency", int(100 * budget))
     )
     shares = torch.full((EXPERTS,), 1 / EXPERTS)
-    codes = meet_budget(logits, shares, cost, budget)
-    given = {"device": place.device, "budget": budget, "codes": codes, "shares": shares}
+    given = {"device": place.device, "budget": budget, "logits": logits, "shares": shares}
     _, summary, experts = benchmark.pedantic(
-        lambda: meet_in_time(unet, cost, table, logits=logits, **given), rounds=1
+        lambda: meet_in_time(unet, cost, table, **given), rounds=1
     )
     where = f"{place.device}, {place.precision}, batch {place.batch}, {place.runtime}"
     errors = [e["latency_predicted"] / e["latency_measured"] - 1 for e in experts]

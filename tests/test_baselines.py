@@ -24,7 +24,7 @@ from prune_unet import (
     gated_module,
     meta_copy,
 )
-from run import Setup
+from run import Setup, final_codes
 from teacher.shapes import ASSETS, load_shape
 
 SHARES = st.floats(0, 1)  # of the way from the smallest expert to the dense model
@@ -42,8 +42,8 @@ def sizes(unet: nn.Module, name: str) -> tuple[float, int]:
 
 
 def code_of(method: str, setup: Setup) -> torch.Tensor:
-    """The codes of a method, (N, D), (1, D) of most."""
-    return METHODS[method](setup, setup.start_router())
+    """The code of a method that has one, (1, D)."""
+    return final_codes(setup, METHODS[method](setup, setup.start_router()), torch.ones(1))[0]
 
 
 # ---- budgets and codes ----
@@ -151,12 +151,14 @@ def test_routed_sp_meets_the_budget_over_its_clusters(setup_of, smallest, monkey
     monkeypatch.setattr(baselines, "ROUTED_BATCHES", 6)
     setup = setup_of(smallest, budget)
     router = setup.start_router()
-    codes = METHODS["routed-sp"](setup, router)
+    scores = METHODS["routed-sp"](setup, router)
     N = setup.cfg.num_experts
-    assert codes.shape == (N, setup.space.size) and len(codes.unique(dim=0)) == N
     routed = torch.bincount(router.route(setup.z), minlength=N)
     assert (routed > 0).all()  # balanced clusters, which the router sends prompts to
-    used = (routed / routed.sum()).double() @ setup.macs(codes) / setup.macs.dense
+    shares = routed / routed.sum()
+    codes, _, _ = final_codes(setup, scores, shares)
+    assert codes.shape == (N, setup.space.size) and len(codes.unique(dim=0)) == N
+    used = shares.double() @ setup.macs(codes) / setup.macs.dense
     assert 0.99 * budget <= used.item() <= budget + 1e-7
     for code in codes:
         check_code(code, setup.space)
@@ -285,7 +287,10 @@ def test_bksdm_asks_for_a_space_that_names_its_blocks(setup_of, unet):
 
 def test_uni_arch_is_a_function_of_the_seed(setup_of, smallest, monkeypatch):
     monkeypatch.setattr("importance.TAYLOR_BATCHES", 1)
-    logits = [baselines.train_code(setup_of(smallest, seed=seed)) for seed in (0, 0, 1)]
+    logits = []
+    for seed in (0, 0, 1):
+        setup = setup_of(smallest, seed=seed)
+        logits.append(METHODS["uni-arch"](setup, setup.start_router()))
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
     for module in smallest.modules():
@@ -317,7 +322,8 @@ def test_a_step_of_uni_arch_goes_down_its_loss(setup_of, unet):
     resource = (setup.macs(a).mean() / (cfg.budget * setup.macs.dense)).log().abs()
     image = (output - batch.target).square().mean() + cfg.lambda_distill * distillation
     (gradient,) = torch.autograd.grad(image + cfg.lambda_res * resource, code)
-    moved = baselines.train_code(setup) - cfg.open_logit * (1 - 0.01 * cfg.lr)  # AdamW's decay
+    logits = METHODS["uni-arch"](setup, setup.start_router())[0]
+    moved = logits - cfg.open_logit * (1 - 0.01 * cfg.lr)  # AdamW's decay
     sure = gradient[0].abs() > 1e-5
     assert sure.float().mean() > 0.8
     assert torch.allclose(moved[sure], -cfg.lr * gradient[0, sure].sign(), rtol=1e-2)
@@ -328,7 +334,8 @@ def test_routed_uni_has_uni_archs_code_and_routed_sps_clusters(setup_of, smalles
     monkeypatch.setattr(baselines, "ROUTED_BATCHES", 2)
     setup = setup_of(smallest)
     routers = {name: setup.start_router() for name in ("routed-uni", "routed-sp")}
-    codes = {name: METHODS[name](setup, router) for name, router in routers.items()}
-    assert torch.equal(codes["routed-uni"], code_of("uni-arch", setup).expand(3, -1))
+    scores = {name: METHODS[name](setup, router) for name, router in routers.items()}
+    codes, _, _ = final_codes(setup, scores["routed-uni"], torch.tensor([0.5, 0.3, 0.2]))
+    assert torch.equal(codes, code_of("uni-arch", setup).expand(3, -1))
     clusters = [router.route(setup.z) for router in routers.values()]
     assert torch.equal(*clusters) and len(clusters[0].unique()) == 3

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import latency
 import run
 import train
+from baselines import METHODS
 from common.errors import UserError
 from common.files import read_json, write_json
 from evaluation.report import latency_table
@@ -24,7 +26,7 @@ from latency import Place, latency_model, measure_table, meet_in_time, read_tabl
 from macs import measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
 from settings import Pruning
-from teacher.shapes import load_shape
+from teacher.shapes import load_shape, with_random_weights
 
 SEEDS = st.integers(0, 2**31)
 TINY = Place("cpu", "fp32", batch=1, pixels=64, latent_size=8, text_tokens=5)
@@ -163,14 +165,12 @@ def test_experts_meet_the_budget_in_measured_time(shape, table_of, step, budget,
     space = find_units(shape, "all")
     cost = latency_model(shape, space, table_of(step)).with_savings(0.8)
     logits, shares = torch.randn(3, space.size), torch.tensor([0.5, 0.3, 0.2])
-    codes = meet_budget(logits, shares, cost, budget)
     found, summary, experts = meet_in_time(
         shape,
         cost,
         table_of(step),
         device="cpu",
         budget=budget,
-        codes=codes,
         logits=logits,
         shares=shares,
         clock=clock_of(step),
@@ -182,18 +182,25 @@ def test_experts_meet_the_budget_in_measured_time(shape, table_of, step, budget,
     assert [e["latency_measured"] for e in experts] == pytest.approx(truth.tolist())
     for expert in experts:
         assert expert["latency_predicted"] == pytest.approx(expert["latency_measured"], rel=0.03)
-    kept = meet_in_time(  # codes that are given stay
-        shape,
-        cost,
-        table_of(step),
-        device="cpu",
-        budget=budget,
-        codes=codes,
-        logits=None,
-        shares=shares,
-        clock=clock_of(step),
-    )
-    assert torch.equal(kept[0], codes) and not torch.equal(found, codes)
+
+
+def test_every_method_meets_the_budget_in_measured_time(shape, table_of, setup_of, monkeypatch):
+    """Whichever way the table errs about the smallest expert, so about all; three have one code."""
+    monkeypatch.setattr(run, "meet_in_time", partial(meet_in_time, clock=clock_of(16)))
+    unet = with_random_weights(shape, torch.device("cpu"), torch.float32)
+    given = setup_of(unet, 0.64, "all")
+    smallest, dense = next(iter(table_of(16)["curves"].values()))["seconds"]
+    for error in (0.1, 2.5):
+        table = altered(table_of(16), {"seconds": [error * smallest, dense]})
+        cost = latency_model(shape, given.space, table)
+        setup = dataclasses.replace(given, cost=cost, table=table)
+        for method in ("norm", "bksdm"):
+            scores = METHODS[method](setup, setup.start_router())
+            codes, summary, experts = run.final_codes(setup, scores, torch.tensor([0.5, 0.3, 0.2]))
+            truth = seconds_of_experts(shape, setup.space, codes, 16)
+            assert truth.tolist() == pytest.approx([0.64 * dense] * 3, rel=0.01)
+            assert truth.tolist() == pytest.approx([e["latency_measured"] for e in experts])
+            assert summary["latency_ratio_mean"] == pytest.approx(truth[0].item() / dense)
 
 
 # ---- the clock itself ----
