@@ -245,6 +245,9 @@ def load_splits(cfg: Config, run: Path, pixels: int) -> dict[str, CaptionedImage
     }
     for split, data in splits.items():
         check_images(data, split)
+        data.note_enlarged(pixels)
+        if data.notes and rank() == 0:
+            print(data.report())
     return splits
 
 

@@ -156,7 +156,7 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
         teacher = replace(teacher, pixels=min(PAPER_PIXELS, teacher.resolution))
     if teacher.resolution != pixels:
         splits = load_splits(cfg, teacher.resolution)
-    data = splits["train"]
+    data = splits["train"].note_enlarged(teacher.resolution)
     if long := teacher.cut_off(data.captions):
         data.notes[f"cut off at {teacher.text_tokens} tokens"] = long
     if cfg.checkpointing:

@@ -33,6 +33,7 @@ from targets.layouts import CaptionedFiles, read_cc3m, read_coco, read_folder
 
 T = TypeVar("T")
 TARGETS = ("emoji", "coco", "cc3m")
+LOOKED_AT = 64  # images of a split whose size is compared with the resolution
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,13 @@ class CaptionedImages:
         return rows_key(
             lines=(text for row, (name, state) in rows for text in (row, name, state * states))
         )
+
+    def note_enlarged(self, resolution: int) -> CaptionedImages:
+        """Itself; its report then tells how many of some images are smaller than `resolution`."""
+        rows = evenly_spaced(len(self), LOOKED_AT)
+        if small := int((self.frames(rows)[:, :2].amin(1) < resolution).sum()):
+            self.notes[f"enlarged to {resolution} px, of {len(rows)} looked at"] = small
+        return self
 
     def report(self) -> str:
         """One line: how many rows there are, and what was left out."""

@@ -111,6 +111,23 @@ def test_rows_of_broken_files_are_dropped_whatever_is_read_first(tmp_path, order
 
 
 @pytest.mark.usefixtures("cache")
+def test_enlarged_images_are_told(tmp_path):
+    """Of four images two have a side below 20 pixels."""
+    rows = [(f"{k}.jpg", f"picture {k}") for k in range(8)]
+    make_folder(tmp_path, rows)
+    for k, size in enumerate([(40, 19), (20, 20), (12, 64), (64, 20)] * 2):
+        write(tmp_path / f"{k}.jpg", jpeg(k, size))
+    splits = [load_target(str(tmp_path), split, resolution=20) for split in ("train", "validation")]
+    sides = [(40, 19), (20, 20), (12, 64), (64, 20)] * 2
+    for data in splits:
+        data.note_enlarged(20)
+        small = sum(min(sides[int(text.split()[1])]) < 20 for text in data.captions)
+        told = f"enlarged to 20 px, of {len(data)} looked at: {small}"
+        assert (told in data.report()) == (small > 0)
+    assert sum(len(data) for data in splits) == 8
+
+
+@pytest.mark.usefixtures("cache")
 def test_a_limit_comes_before_the_check(tmp_path):
     make_coco(tmp_path, images=12, captions=2)
     break_some(tmp_path)
