@@ -55,7 +55,7 @@ from teacher.model import PRECISIONS
 from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, with_random_weights
 
 WIDTHS = 8  # at which a layer is timed
-ROUNDS = 7  # in each of which everything that is compared has its turn; where one takes ...
+ROUNDS = 15  # in each of which everything that is compared has its turn; where one takes ...
 SLOW, FEW = 1.0, 3  # ... more than these seconds, this many
 TURN = 0.005  # seconds that a turn takes at least
 MOST_CALLS = 100  # in a turn

@@ -42,7 +42,14 @@ from common.processes import (
 )
 from evaluation.analysis import frequent_words
 from gates import ArchSpace
-from latency import Place, latency_model, measure_table, meet_in_time, read_table
+from latency import (
+    Place,
+    device_name,
+    latency_model,
+    measure_table,
+    meet_in_time,
+    read_table,
+)
 from macs import CostModel, check_budget, measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
 from router import PromptEncoder, PromptRouter, content_map
@@ -193,13 +200,24 @@ def prepare(cfg: Pruning, scored: bool = False) -> Setup:
 
 
 def given_table(cfg: Pruning) -> dict[str, Any] | None:
-    """The table of latency that `--cost` names, or that the run began with; else None."""
+    """The table of latency that `--cost` names, or that the run began with; else None.
+
+    Raises `UserError` where that is no table, or the run began on another device.
+    """
     if cfg.cost == "macs":
         return None
     mine = (cfg.out or RUNS) / LATENCY
     if cfg.cost != "latency":
         return read_table(cfg.cost)
-    return read_table(str(mine)) if mine.exists() else None
+    if not mine.exists():
+        return None
+    table, here = read_table(str(mine)), device_name(str(pick_device(cfg.device)))
+    if (there := table["machine"]["device"]) != here:
+        raise UserError(
+            f"{mine} was measured on {there}, but experts would be timed on {here}; go on there, "
+            f"or start another run for that device with --cost {mine} and another --out"
+        )
+    return table
 
 
 def costs_of(

@@ -1,7 +1,7 @@
 """Does an expert take the time that was asked for? T(a) in seconds against experts' own times.
 
     pytest bench/test_latency.py --benchmark-only                        # SD 2.1's shape
-    pytest bench/test_latency.py --benchmark-only --bench-unet pocket    # in a minute
+    pytest bench/test_latency.py --benchmark-only --bench-unet pocket    # in two minutes
 
 A table of the U-Net is measured, random logits become codes that meet a budget of the dense
 latency, and the experts are timed in turns with the dense U-Net; then the sum is corrected and the

@@ -291,6 +291,16 @@ def test_a_budget_below_the_floor_is_refused_in_seconds(shape, table_of):
         meet_budget(torch.zeros(1, cost.space.size), torch.ones(1), cost, floor - 0.01)
 
 
+def test_a_run_is_not_continued_on_another_device(table_of, tmp_path):
+    table = table_of(1) | {"machine": {"device": "NVIDIA X"}}
+    write_json(tmp_path / "latency.json", table)
+    cfg = Pruning(cost="latency", device="cpu", out=tmp_path)
+    with pytest.raises(UserError, match=r"measured on NVIDIA X, but .* one thread; [^\n]*--out$"):
+        run.given_table(cfg)
+    named = dataclasses.replace(cfg, cost=str(tmp_path / "latency.json"), out=tmp_path / "other")
+    assert run.given_table(named) == table
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"runtime": "graph"}, "graph is for cuda"), ({"device": "mps"}, "cpu and cuda")],
