@@ -464,9 +464,7 @@ def write_results(
     method: str = "aptp",
     given: dict[str, Tensor] | None = None,
 ) -> None:
-    """Route every prompt as at test time, meet the budget, and write the run's results.
-
-    `summary.json` comes last.
+    """Route every prompt as at test time, meet the budget, and write the results, a summary last.
 
     Args:
         setup: what the method was given.
@@ -487,8 +485,8 @@ def write_results(
         split: torch.bincount(experts, minlength=cfg.num_experts) / len(experts)
         for split, experts in routed.items()
     }
-    scores = router.codes if scores is None else scores
-    codes, latency, latencies = final_codes(setup, scores, usage["train"])
+    own = router.codes if scores is None else scores
+    codes, latency, latencies = final_codes(setup, own, usage["train"])
     save_tensors(
         run / "router.safetensors",
         router.state_dict(),

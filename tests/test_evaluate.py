@@ -325,7 +325,8 @@ def test_the_last_batch_is_assigned_as_training_did():
 
 
 def cell(method: str, seed: int, **scores: float) -> dict:
-    return {"method": method, "split": "validation", "seed": seed, "steps_in_all": 8, **scores}
+    where = {"split": "validation", "tuning": "refit+8", "steps_in_all": 8}
+    return where | {"method": method, "seed": seed, **scores}
 
 
 def test_means_and_deviations_are_over_seeds():
@@ -336,10 +337,10 @@ def test_means_and_deviations_are_over_seeds():
     (single,) = tables.aggregate(rows[:1])
     assert single["r1"] == 0.5 and math.isnan(single["r1_std"])
     assert cells_of(tables.markdown("T", [line])) == [
-        ["method", "split", "seeds", "fine-tuning steps", "R@1 ↑"],
-        ["norm", "validation", "3", "8", "0.700 ± 0.200"],
+        ["method", "split", "tuning", "steps in all", "seeds", "R@1 ↑"],
+        ["norm", "validation", "refit+8", "8", "3", "0.700 ± 0.200"],
     ]
-    assert cells_of(tables.markdown("T", [single]))[1][2:] == ["1", "8", "0.500"]
+    assert cells_of(tables.markdown("T", [single]))[1][3:] == ["8", "1", "0.500"]
 
 
 def test_nonsense_is_refused_in_one_line(tmp_path):

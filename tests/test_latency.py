@@ -198,7 +198,7 @@ def test_every_method_meets_the_budget_in_measured_time(shape, table_of, setup_o
             scores = METHODS[method](setup, setup.start_router())
             codes, summary, experts = run.final_codes(setup, scores, torch.tensor([0.5, 0.3, 0.2]))
             truth = seconds_of_experts(shape, setup.space, codes, 16)
-            assert truth.tolist() == pytest.approx([0.64 * dense] * 3, rel=0.01)
+            assert truth.tolist() == pytest.approx([0.64 * dense] * 3, rel=0.02)  # whole units
             assert truth.tolist() == pytest.approx([e["latency_measured"] for e in experts])
             assert summary["latency_ratio_mean"] == pytest.approx(truth[0].item() / dense)
 
