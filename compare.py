@@ -82,18 +82,8 @@ TUNINGS = "cut, refit, refit-IMAGES, a number of steps, refit+STEPS, shared+STEP
 IMAGES = Finetuning().refit_images  # that `refit` alone stands for
 PROTOCOLS = {"expert": ("expert",), "all": ("all",), "both": ("expert", "all")}
 OF_ALL = (  # settings that all methods of a comparison share, so no variant changes them
-    *(
-        "target",
-        "teacher",
-        "budget",
-        "cost",
-        "data_dir",
-        "prompt_encoder",
-        "limit",
-        "seed",
-        "resolution",
-    ),
-    *("precision", *MACHINE),
+    *("target", "teacher", "budget", "cost", "data_dir", "prompt_encoder", "limit", "seed"),
+    *("resolution", "precision", *MACHINE),
 )
 MAY_DIFFER = (*MACHINE, "methods", "seeds", "seed", "protocol", "tuning", "distances_only")
 
@@ -323,15 +313,16 @@ def tuned(run: Path, tuning: Tuning, cfg: Finetuning) -> Path:
 def processor_seconds(run: Path, stage: str) -> Iterator[None]:
     """Add the seconds that this process's threads worked to the run's spent.json.
 
-    Another process's may be in it already, which was killed.
+    Those of a process that was stopped by Ctrl-C or an error are in it already; a killed one's not.
     """
     path, start = run / SPENT, time.process_time()
     try:
         yield
     finally:
-        spent = read_json(path) if path.exists() else {}
-        seconds = spent.get(stage, 0.0) + time.process_time() - start
-        write_json(path, spent | {stage: round(seconds, 1)})
+        if run.exists():  # not where settings were refused
+            spent = read_json(path) if path.exists() else {}
+            seconds = spent.get(stage, 0.0) + time.process_time() - start
+            write_json(path, spent | {stage: round(seconds, 1)})
 
 
 # ---- cells ----

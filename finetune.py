@@ -160,6 +160,10 @@ class Task:
     data: Encoded  # the training rows
     empty: Conditions  # of one image, with the empty caption
 
+    def origin(self, name: str) -> dict[str, Any]:
+        """What weights depend on beside their code: settings, and a hash of the prompts."""
+        return {"settings": made_with(self.cfg), "prompts": prompts_of(self.experts, name)}
+
     def rows_of(self, i: int) -> Tensor:
         """Rows that an expert is trained on, (R,): its own, or all where it has none."""
         own = (self.experts == i).nonzero().flatten()
@@ -224,8 +228,7 @@ def optimise(
 def refitted(task: Task, i: int) -> dict[str, Tensor]:
     """The weights of expert `i` that are solved anew; from its file, or into it."""
     cfg, path = task.cfg, task.run / "experts" / f"{i}.refit.safetensors"
-    made = {"code": task.codes[i].int().tolist(), "settings": made_with(cfg)}
-    made["prompts"] = prompts_of(task.experts, str(i))
+    made = {"code": task.codes[i].int().tolist()} | task.origin(str(i))
     if path.exists():
         tensors, meta = load_tensors(path)
         if meta == made:
@@ -260,8 +263,7 @@ def finetune_expert(task: Task, i: int) -> None:
         expert.load_state_dict(new, strict=False)
         optimise(task, expert.to(task.teacher.device), rows, str(i))
         new = expert.state_dict()
-    meta = {"expert": i, "rows": len(rows), "settings": made_with(cfg)}
-    meta["prompts"] = prompts_of(task.experts, str(i))
+    meta = {"expert": i, "rows": len(rows)} | task.origin(str(i))
     save_expert(path, new, task.dense.config, code, task.space, meta)
     checkpoint_path(run, str(i)).unlink(missing_ok=True)
     (run / "experts" / f"{i}.refit.safetensors").unlink(missing_ok=True)
@@ -275,8 +277,7 @@ def finetune_shared(task: Task) -> None:
     gates = attach_gates(student, task.space)
     optimise(task, student, torch.arange(len(task.experts)), "shared", gates)
     gates.detach()
-    meta = {"codes": task.codes.int().tolist(), "settings": made_with(task.cfg)}
-    meta["prompts"] = prompts_of(task.experts, "shared")
+    meta = {"codes": task.codes.int().tolist()} | task.origin("shared")
     save_tensors(path, student.state_dict(), meta)
     checkpoint_path(task.run, "shared").unlink(missing_ok=True)
 

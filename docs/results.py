@@ -89,9 +89,7 @@ def heading(variant: str, budget: float) -> str:
     return f"{budget:g} of the MACs" + (f", {variant}" if variant else "")
 
 
-def scores(
-    cells: Sequence[Cell], budget: float, shown: Sequence[str] = SHOWN, needed: str = "distance"
-) -> str:
+def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "distance") -> str:
     """A comparison's scores: a line for each method and tuning, both splits side by side.
 
     Args:
@@ -115,9 +113,9 @@ def scores(
     return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
 
-def summary(cells: Sequence[Cell], budget: float) -> str:
+def summary(cells: Sequence[Cell]) -> str:
     """The scores of images alone."""
-    return scores(cells, budget, ("r1", "frechet"), "r1")
+    return scores(cells, ("r1", "frechet"), "r1")
 
 
 def number(line: dict[str, Any], key: str) -> str:
@@ -159,7 +157,7 @@ def kind_of(tuning: str) -> str:
     return next((kind for kind in ("refit", "shared") if tuning.startswith(kind)), "as cut")
 
 
-def differences(cells: Sequence[Cell], budget: float) -> str:
+def differences(cells: Sequence[Cell]) -> str:
     """APTP less each other method that was tuned alike, over the seeds that both have."""
     alike = {
         (cell["method"], cell["tuning"]): (kind_of(cell["tuning"]), cell["steps_in_all"])
@@ -183,7 +181,7 @@ def differences(cells: Sequence[Cell], budget: float) -> str:
     return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
 
-def ablations(cells: Sequence[Cell], budget: float) -> str:
+def ablations(cells: Sequence[Cell]) -> str:
     """Codes as they were cut, in the order of their distance on held-out captions."""
     rows = [row for row in rows_of(cells) if row["tuning"] == "cut"]
     lines = [line for line in aggregate(rows) if line["split"] == "validation"]
@@ -191,7 +189,7 @@ def ablations(cells: Sequence[Cell], budget: float) -> str:
     return text.removeprefix("### \n\n").strip()
 
 
-TABLES: dict[str, Callable[[Sequence[Cell], float], str]] = {
+TABLES: dict[str, Callable[[Sequence[Cell]], str]] = {
     "scores": scores,
     "summary": summary,
     "differences": differences,
@@ -202,7 +200,7 @@ MARK = re.compile(r"(<!-- table (\w[\w ]*?): (.*?) -->\n).*?(<!-- end -->)", re.
 
 def filled(page: str) -> str:
     """A page with its tables made anew: `<!-- table scores: 0.5 of the MACs -->`."""
-    known = {heading(*key): (cells, key[1]) for key, cells in comparisons().items()}
+    known = {heading(*key): cells for key, cells in comparisons().items()}
 
     def made(match: re.Match[str]) -> str:
         opening, kind, which, end = match.groups()
@@ -210,7 +208,7 @@ def filled(page: str) -> str:
             raise UserError(
                 f"no table {kind}: {which}; choose among {', '.join(TABLES)} and {', '.join(known)}"
             )
-        return f"{opening}\n{TABLES[kind](*known[which])}\n\n{end}"
+        return f"{opening}\n{TABLES[kind](known[which])}\n\n{end}"
 
     return MARK.sub(made, page)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from common.processes import all_reduce, rank, world_size
 from common.randomness import step_generator
 from targets.images import CaptionedImages
 from teacher.encoded import encode_target
-from teacher.model import Teacher, add_noise
+from teacher.model import Noised, Teacher, add_noise
 
-Outputs = Callable[[Tensor, dict[str, Any]], Tensor]  # rows (b,), a U-Net's inputs -> its output
+Outputs = Callable[[Tensor, Noised], Tensor]  # rows (b,), their noised samples -> what a U-Net says
 
 
 @torch.no_grad()
@@ -35,10 +34,10 @@ def output_distances(
     parts = list(enumerate(torch.arange(len(data)).split(64)))[rank() :: world_size()]
     for step, part in tqdm(parts, "distance to the teacher", unit="batch", disable=rank() > 0):
         generator = step_generator(0, "distance", step)
-        inputs = add_noise(teacher, *encoded.batch(part), generator).inputs()
-        expected = teacher.unet(**inputs).sample.float()
+        batch = add_noise(teacher, *encoded.batch(part), generator)
+        expected = teacher.unet(**batch.inputs()).sample.float()
         for name, outputs in pruned.items():
-            difference = outputs(part, inputs).float() - expected
+            difference = outputs(part, batch).float() - expected
             found[name][part] = difference.square().flatten(1).mean(1)
     all_reduce(*found.values())
     return {name: values.cpu() for name, values in found.items()}
