@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -279,13 +280,14 @@ def distances_of(
     """
     rows, N = evenly_spaced(len(data), DISTANCE_ROWS), len(pipeline.ratios)
     own = torch.tensor([experts[row] for row in rows])  # (n,)
+    unet_of = cache(pipeline.unet)  # a batch has prompts of all experts
 
     def of_experts(chosen: Tensor) -> Outputs:
         def outputs(rows: Tensor, batch: Noised) -> Tensor:
             found = torch.empty_like(batch.sample)
             for i in chosen[rows].unique().tolist():
                 at = (chosen[rows] == i).nonzero().flatten()
-                found[at] = pipeline.unet(i)(**batch.part(at).inputs()).sample
+                found[at] = unet_of(i)(**batch.part(at).inputs()).sample
             return found
 
         return outputs

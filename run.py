@@ -220,6 +220,17 @@ def given_table(cfg: Pruning) -> dict[str, Any] | None:
     return table
 
 
+def used_at(teacher: Teacher) -> Teacher:
+    """The teacher at its own resolution, at which experts will be used."""
+    return replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
+
+
+def place_of(teacher: Teacher, precision: str) -> Place:
+    """Where experts will be used: on this device, two images at once, as guidance has it."""
+    pixels, latent_size = used_at(teacher).resolution, used_at(teacher).latent_size
+    return Place(str(teacher.device), precision, 2, pixels, latent_size, teacher.text_tokens)
+
+
 def costs_of(
     cfg: Pruning, teacher: Teacher, space: ArchSpace, table: dict[str, Any] | None
 ) -> tuple[CostModel, CostModel, dict[str, Any] | None]:
@@ -229,12 +240,10 @@ def costs_of(
     if it is asked for and there is no table yet, with two images at once, as guidance has it.
     Raises `UserError` where the budget cannot be reached.
     """
-    used_at = replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
-    sizes = {"latent_size": used_at.latent_size, "text_tokens": teacher.text_tokens}
+    sizes = {"latent_size": used_at(teacher).latent_size, "text_tokens": teacher.text_tokens}
     macs = measure_macs(teacher.unet, space, **sizes)
     if cfg.cost == "latency" and table is None:
-        here = str(teacher.device), cfg.precision, 2, used_at.resolution
-        place = Place(*here, used_at.latent_size, teacher.text_tokens)
+        place = place_of(teacher, cfg.precision)
         table = from_first(lambda: measure_table(teacher.unet, place))
     cost = latency_model(teacher.unet, space, table) if table else macs
     check_budget(cfg.budget, cost)

@@ -29,6 +29,7 @@ from itertools import chain
 from numbers import Integral
 from operator import index
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -87,7 +88,7 @@ class Sampled:
 
 
 class APTPPipeline:
-    """A teacher, a router, and the experts of one run, loaded when first asked for."""
+    """A teacher, a router, and the experts of one run, made when they are asked for."""
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class APTPPipeline:
         self.run, self.teacher, self.ratios = run, teacher, ratios
         self.router, self.encoder = router, encoder
         self.experts: dict[int, UNet2DConditionModel] = {-1: teacher.unet}
+        self.lock = Lock()  # threads that need the same expert read it once
         self.added: list[UNet2DConditionModel] = []  # what LoRAs add to the teacher's weights
 
     @classmethod
@@ -165,11 +167,16 @@ class APTPPipeline:
     def unet(self, expert: int) -> UNet2DConditionModel:
         """An expert's U-Net: its own file, else cut out of the shared weights, else the teacher.
 
-        -1 is the teacher.
+        -1 is the teacher. What is read from a file stays in memory; what is cut out of weights that
+        are there anyway does not, since cutting is quick.
         """
-        if expert not in self.experts:
-            self.experts[expert] = self.made(expert)
-        return self.experts[expert]
+        with self.lock:
+            if expert in self.experts:
+                return self.experts[expert]
+            unet = self.made(expert)
+            if expert < 0 or expert_path(self.run, expert).exists():
+                self.experts[expert] = unet
+            return unet
 
     def made(self, expert: int) -> UNet2DConditionModel:
         """As `unet`, made anew, with the LoRAs that were loaded."""
@@ -255,16 +262,13 @@ class APTPPipeline:
             raise UserError(f"--expert {unknown.pop()} is not in {self.run}; choose 0 to {N - 1}")
         return experts
 
-    def parts(
-        self, experts: Sequence[int], batch_size: int
-    ) -> list[tuple[UNet2DConditionModel, list[int]]]:
-        """U-Nets, and the rows that each denoises at once; the longest first, to end together."""
+    def parts(self, experts: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
+        """Experts, and the rows that each denoises at once; the longest first, to end together."""
         at_once = -(-min(batch_size, len(experts)) // slots(self.teacher.device))
-        parts: list[tuple[UNet2DConditionModel, list[int]]] = []
+        parts: list[tuple[int, list[int]]] = []
         for chosen in sorted(set(experts)):
             group = [row for row, value in enumerate(experts) if value == chosen]
-            unet = self.unet(chosen)
-            parts += [(unet, group[k : k + at_once]) for k in range(0, len(group), at_once)]
+            parts += [(chosen, group[k : k + at_once]) for k in range(0, len(group), at_once)]
         return sorted(parts, key=lambda part: -len(part[1]))
 
     def sources(
@@ -330,11 +334,12 @@ class APTPPipeline:
         experts = self.experts_of(prompts, expert)
         parts = self.parts(experts, batch_size)
 
-        def generate(part: tuple[UNet2DConditionModel, list[int]]) -> list[Image.Image]:
-            own = [prompts[row] for row in part[1]], [sources[row] for row in part[1]]
+        def generate(part: tuple[int, list[int]]) -> list[Image.Image]:
+            unet, rows = self.unet(part[0]), part[1]
+            own = [prompts[row] for row in rows], [sources[row] for row in rows]
             how: dict[str, Any] = {"negative": negative, "size": size}
-            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, part[0], **how)
-            for row, image in zip(part[1], made, strict=True):
+            made = self.teacher.generate(*own, num_inference_steps, guidance_scale, unet, **how)
+            for row, image in zip(rows, made, strict=True):
                 if on_image is not None:
                     on_image(row, image)
             return made

@@ -15,6 +15,7 @@ from common.files import replacing
 
 SCORES = {  # of a split's captions, where a row has them: key -> heading, digits
     "macs_ratio": ("MACs ratio", 3),
+    "latency_ratio": ("latency ratio", 3),
     "seconds": ("s/image", 3),
     "distance": ("distance ↓", 4),
     "distance_exchanged": ("exchanged", 4),
@@ -94,7 +95,7 @@ def markdown(
 
 def rows_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The scores in a comparison's cells, each with what its cell says of the run."""
-    shared = ("seed", "budget", "tuning", "steps_in_all", *ROUTING)
+    shared = ("seed", "budget", "tuning", "steps_in_all", "latency_ratio", *ROUTING)
     rows = []
     for cell in cells:
         of_cell = {key: cell[key] for key in shared if key in cell}

@@ -98,6 +98,20 @@ def test_metrics_have_one_row_a_step(run):
     assert not (run / "checkpoint.safetensors").exists()
 
 
+def test_only_experts_of_their_own_files_stay_in_memory(run, monkeypatch):
+    """The others are cut out of weights that are there anyway, for each group of prompts."""
+    pipeline = sample.APTPPipeline.from_pretrained(run)
+    read, load = [], sample.load_expert
+    monkeypatch.setattr(
+        sample, "load_expert", lambda path, *args: read.append(path.stem) or load(path, *args)
+    )
+    experts = [0, 1, 2, -1, 1, 0]
+    for _ in range(2):
+        pipeline(["a"] * 6, expert=experts, num_inference_steps=2, batch_size=2)
+    assert set(pipeline.experts) == {-1, 1} and read == ["1"]
+    assert pipeline.unet(1) is pipeline.unet(1) and pipeline.unet(0) is not pipeline.unet(0)
+
+
 # ---- the budget while training ----
 
 
