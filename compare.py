@@ -48,21 +48,20 @@ import finetune
 import train
 from common.checkpoint import refuse_other_settings
 from common.errors import UserError, command_line
-from common.files import load_tensors, read_json, replacing, write_json
+from common.files import read_json, replacing, write_json
 from common.randomness import step_generator
 from common.ranges import Choice, Count, check
 from evaluate import Scoring, distances_of
 from evaluation.analysis import perplexity, read_log, shares
 from evaluation.scores import as_row
 from evaluation.tables import write_tables
-from latency import time_experts
 from router import PromptRouter
 from run import (
     Setup,
     as_json,
     check_resumable,
     load_split,
-    place_of,
+    measured_ratio,
     prepare,
     read_run,
     start_folder,
@@ -218,21 +217,6 @@ def agreement(router: PromptRouter, setup: Setup) -> float:
     return (torch.cat(assigned) == router.nearest(e)).float().mean().item()
 
 
-def latency_ratio(setup: Setup) -> dict[str, float]:
-    """The mean latency of a run's experts over its training prompts, as a share of the dense one.
-
-    Timed here, as `train.py --cost latency` does; none where nothing can be timed.
-    """
-    place, cost = place_of(setup.teacher, setup.cfg.precision), setup.cost
-    if setup.teacher.device.type not in ("cpu", "cuda"):
-        return {}
-    assert setup.cfg.out
-    codes = load_tensors(setup.cfg.out / "codes.safetensors")[0]["codes"]
-    usage = torch.tensor(read_run(setup.cfg.out, "summary.json")[0]["usage_train"])
-    seconds = time_experts(setup.teacher.unet, codes.float(), cost, place)  # (N,)
-    return {"latency_ratio": (usage.double() @ seconds).item() / cost.dense}
-
-
 def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = True) -> int:
     """Make the run folder `cfg.out`, unless it is there; returns how many experts it has.
 
@@ -264,7 +248,7 @@ def prune(method: Method, cfg: Pruning, last: dict[Any, Setup], scored: bool = T
             soft = read_log(run / "metrics.csv")["cost_ratio"]
             routing["soft_ratio"] = float(soft[-max(1, len(soft) // 4) :].mean())
         write_results(setup, router, seconds, scores=scores, method=method.name, given=given)
-    write_json(run / ROUTING, routing | latency_ratio(setup))
+    write_json(run / ROUTING, routing | measured_ratio(setup))
     (run / train.CHECKPOINT).unlink(missing_ok=True)
     return read_run(run, "summary.json")[0]["num_experts"]
 

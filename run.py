@@ -49,6 +49,7 @@ from latency import (
     measure_table,
     meet_in_time,
     read_table,
+    time_experts,
 )
 from macs import CostModel, check_budget, measure_macs, meet_budget
 from prune_unet import cut_in_place, find_units, meta_copy
@@ -523,6 +524,21 @@ def write_results(
         **latency,
     }
     write_json(run / "summary.json", summary)
+
+
+def measured_ratio(setup: Setup) -> dict[str, float]:
+    """The mean latency of a finished run's experts, over its training prompts, timed here.
+
+    As `latency_ratio`, a share of the dense U-Net's; nothing where it cannot be timed.
+    """
+    cfg, teacher = setup.cfg, setup.teacher
+    assert cfg.out
+    if teacher.device.type not in ("cpu", "cuda"):
+        return {}
+    codes, (summary,) = load_codes(cfg.out, setup.space), read_run(cfg.out, "summary.json")
+    place, shares = place_of(teacher, cfg.precision), torch.tensor(summary["usage_train"])
+    seconds = time_experts(teacher.unet, codes, setup.cost, place)  # (N,)
+    return {"latency_ratio": (shares.double() @ seconds).item() / setup.cost.dense}
 
 
 def final_codes(

@@ -182,6 +182,10 @@ def test_tables_are_made_from_the_cells(compared):
     text = (compared / "tables.md").read_text(encoding="utf-8")
     assert "Table 1" in text and "nan" not in text
     assert {row[0] for row in cells_of(text)[1:]} == {"dense", "random"}
+    times = {
+        row[0]: float(row[cells_of(text)[0].index("latency ratio")]) for row in cells_of(text)[1:]
+    }
+    assert times["random"] < 0.97 and times["dense"] == pytest.approx(1, abs=0.1)
     with (compared / "tables.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and {row["table"] for row in rows} == {"Table 1"}
@@ -234,13 +238,13 @@ VARIANTS = ("aptp", "aptp:by-group", "aptp:random-clusters", "uni-arch")
 
 @pytest.fixture(scope="module")
 def ablations(tmp_path_factory):
-    """Controls and one code, as cut; killed twice on the way."""
+    """Controls and one code, as cut; killed three times on the way."""
     folder = tmp_path_factory.mktemp("ablations")
     cfg = dataclasses.replace(ALONE, out=folder, methods=",".join(VARIANTS))
     done = []
-    for where, name, number in ((compare, "write_results", 2), (compare, "distances_of", 5)):
+    for name, number in (("write_results", 2), ("measured_ratio", 1), ("distances_of", 5)):
         with pytest.MonkeyPatch.context() as patch:
-            original, calls = getattr(where, name), []
+            original, calls = getattr(compare, name), []
 
             def killed(*args, original=original, calls=calls, number=number, **kwargs):
                 calls.append(args)
@@ -248,7 +252,7 @@ def ablations(tmp_path_factory):
                     raise KeyboardInterrupt
                 return original(*args, **kwargs)
 
-            patch.setattr(where, name, killed)
+            patch.setattr(compare, name, killed)
             with pytest.raises(KeyboardInterrupt):
                 compare.compare(cfg)
         done.append((len(read_cells(folder)), snapshot(folder)))
@@ -257,9 +261,9 @@ def ablations(tmp_path_factory):
 
 
 def test_a_killed_comparison_goes_on_where_it_was(ablations):
-    """Killed in the second method's pruning, and in the scores of the fourth's first split."""
-    folder, [(first, _), (second, before)] = ablations
-    assert (first, second) == (1, 3)  # cells that the kills left
+    """Killed in the second method's pruning, before its time, and in the fourth's first scores."""
+    folder, [(first, _), (second, _), (third, before)] = ablations
+    assert (first, second, third) == (1, 1, 3)  # cells that the kills left
     after = snapshot(folder)
     assert before.items() <= after.items() and len(read_cells(folder)) == 4
     alone = dataclasses.replace(ALONE, out=folder / "again", methods="aptp:by-group")
