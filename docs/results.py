@@ -8,8 +8,8 @@ settings of its own (`compare.py --out runs/compare-emoji-depth-paper-0.5`) has 
 stands in the name between target and budget.
 
 In a page, a table stands between two comments, `<!-- table KIND: WHICH -->` and `<!-- end -->`; a
-test holds pages and file together. Differences come with an interval: a bootstrap that samples
-captions and seeds, both paired.
+test holds pages and file together. WHICH is a comparison, or one `less` another. Differences come
+with an interval: a bootstrap that samples captions and seeds, both paired.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
 RESAMPLES = 10_000
 SPLITS = ("validation", "train")  # held-out captions first
 SHOWN = ("distance", "distance_exchanged", "r1", "frechet")  # of SCORES, in the page
+SHARES = ("macs_ratio", "latency_ratio")  # of the dense U-Net's, over training prompts
+LATENCY = "cost latency"  # variant of a comparison whose budget is of latency
 FIRST = "aptp"  # what the others are compared with
 Cell = dict[str, Any]
 
@@ -86,7 +88,11 @@ def comparisons() -> dict[tuple[str, float], list[Cell]]:
 
 
 def heading(variant: str, budget: float) -> str:
-    return f"{budget:g} of the MACs" + (f", {variant}" if variant else "")
+    """What a comparison is called: `0.5 of the MACs, depth paper`, `0.5 of the latency`."""
+    rest, what = variant.removeprefix(LATENCY).strip(), "MACs"
+    if variant.startswith(LATENCY):
+        what = "latency"
+    return f"{budget:g} of the {what}" + (f", {rest}" if rest else "")
 
 
 def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "distance") -> str:
@@ -102,13 +108,14 @@ def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "d
         by_split.setdefault((line["method"], line["tuning"]), {})[line["split"]] = line
     table = []
     for (method, tuning), of_split in by_split.items():
-        line = next(iter(of_split.values()))
+        line = of_split.get("train", next(iter(of_split.values())))
         if needed not in line:
             continue
         cost = f"{line['processor_seconds']:.0f}" if "processor_seconds" in line else ""
+        shares = [f"{line[key]:.2f}" if key in line else "" for key in SHARES]
         values = [number(of_split.get(split, {}), key) for key in shown for split in SPLITS]
-        table.append([method, tuning, line["steps_in_all"], line["seeds"], cost, *values])
-    heads = ["method", "tuning", "steps in all", "seeds", "processor s"]
+        table.append([method, tuning, line["steps_in_all"], line["seeds"], *shares, cost, *values])
+    heads = ["method", "tuning", "steps in all", "seeds", "MACs", "latency", "processor s"]
     heads += [f"{SCORES[key][0]} {split}" for key in shown for split in ("val.", "train")]
     return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
@@ -127,14 +134,18 @@ def number(line: dict[str, Any], key: str) -> str:
     return f"{line[key]:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
-def captions_of(cells: Sequence[Cell], split: str, key: str) -> dict[tuple[str, str], np.ndarray]:
-    """Method and tuning -> a score of each caption, (seeds, captions), seeds in order."""
-    found: dict[tuple[str, str], list[list[float]]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+Captions = dict[int, list[float]]  # seed -> a score of each caption
+
+
+def captions_of(cells: Sequence[Cell], split: str, key: str) -> dict[tuple[str, str], Captions]:
+    """Method and tuning -> a score of each caption, by seed."""
+    found: dict[tuple[str, str], Captions] = {}
+    for cell in cells:
         for row in cell["scores"]:
             if row["split"] == split and key in row.get("captions", {}):
-                found.setdefault((row["method"], cell["tuning"]), []).append(row["captions"][key])
-    return {name: np.array(values) for name, values in found.items()}
+                of_seeds = found.setdefault((row["method"], cell["tuning"]), {})
+                of_seeds[cell["seed"]] = row["captions"][key]
+    return found
 
 
 def interval(difference: np.ndarray) -> tuple[float, float, float]:
@@ -157,6 +168,29 @@ def kind_of(tuning: str) -> str:
     return next((kind for kind in ("refit", "shared") if tuning.startswith(kind)), "as cut")
 
 
+def paired(own: Captions, other: Captions, key: str) -> list[Any]:
+    """How many seeds both have, the mean difference with its interval, and whether it is clear."""
+    seeds, digits = sorted(own.keys() & other.keys()), SCORES[key][1]
+    values = np.array([np.subtract(own[seed], other[seed]) for seed in seeds])
+    mean, low, high = interval(values)
+    text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return [len(seeds), text, "yes" if low * high > 0 else "no"]
+
+
+def less(cells: Sequence[Cell], others: Sequence[Cell]) -> str:
+    """A comparison's scores less another's, of the same method, tuning, seeds and captions."""
+    table = []
+    for split, key in ((split, key) for split in SPLITS for key in ("distance", "r1")):
+        values, theirs = (captions_of(part, split, key) for part in (cells, others))
+        table += [
+            [split, SCORES[key][0], method, tuning, *paired(own, theirs[method, tuning], key)]
+            for (method, tuning), own in values.items()
+            if own.keys() & theirs.get((method, tuning), {}).keys()
+        ]
+    heads = ["captions", "score", "method", "tuning", "seeds", "difference [95 %]", "apart from 0"]
+    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
+
+
 def differences(cells: Sequence[Cell]) -> str:
     """APTP less each other method that was tuned alike, over the seeds that both have."""
     alike = {
@@ -171,12 +205,10 @@ def differences(cells: Sequence[Cell]) -> str:
                 how = alike.get((other, theirs))  # none: images of wrong experts
                 if method != FIRST or other in (FIRST, "dense") or how != alike[method, tuning]:
                     continue
-                n, digits = min(len(own), len(scores_of)), SCORES[key][1]
-                mean, low, high = interval(own[:n] - scores_of[:n])
-                text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-                clear = "yes" if low * high > 0 else "no"
-                what = SCORES[key][0]
-                table.append([split, what, tuning, f"{other}, {theirs}", n, text, clear])
+                if not own.keys() & scores_of.keys():
+                    continue
+                what = split, SCORES[key][0], tuning, f"{other}, {theirs}"
+                table.append([*what, *paired(own, scores_of, key)])
     heads = ["captions", "score", "aptp", "less", "seeds", "difference [95 %]", "apart from 0"]
     return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
@@ -204,17 +236,18 @@ def filled(page: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         opening, kind, which, end = match.groups()
-        if kind not in TABLES or which not in known:
+        parts = which.split(" less ")
+        if kind not in TABLES or not set(parts) <= set(known):
             raise UserError(
                 f"no table {kind}: {which}; choose among {', '.join(TABLES)} and {', '.join(known)}"
             )
-        return f"{opening}\n{TABLES[kind](known[which])}\n\n{end}"
+        make = less if len(parts) > 1 else TABLES[kind]
+        return f"{opening}\n{make(*(known[part] for part in parts))}\n\n{end}"
 
     return MARK.sub(made, page)
 
 
-# ---- figure ----
-
+# ---- figures ----
 
 STEPS, SECONDS = "fine-tuning steps in all", "processor seconds in all"
 PANELS = (  # x, its name, score, split
@@ -223,6 +256,9 @@ PANELS = (  # x, its name, score, split
     ("steps_in_all", STEPS, "distance", "validation"),
     ("processor_seconds", SECONDS, "distance", "validation"),
 )
+SHOWN_AT = 0.5  # of the MACs: the curve
+WITH_LATENCY = ("aptp", "uni-arch")  # methods in the figure by measured latency
+REFITTED = {True: "refit", False: "refit-4096"}  # several experts, one: as many images in all
 MARKS = {"as cut": ("o", ":"), "refit": ("s", "-"), "shared": ("D", "--")}
 
 
@@ -256,6 +292,38 @@ def curve(cells: Sequence[Cell]) -> Figure:
     return figure
 
 
+def by_latency(groups: dict[tuple[str, float], list[Cell]]) -> Figure:
+    """Scores of refitted experts, by their measured latency; a line for what was budgeted."""
+    figure, panels = sheet(16, 4, ncols=4)
+    keys = [(key, split) for key in ("distance", "r1") for split in SPLITS]
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # method, budget of -> its lines
+    for (variant, budget), cells in groups.items():
+        what = heading(variant, budget).partition(" of the ")[2]
+        refitted = [cell for cell in cells if cell["tuning"] == REFITTED[cell["num_experts"] > 1]]
+        for line in aggregate(rows_of(refitted)):
+            if line["method"] in WITH_LATENCY and "latency_ratio" in line:
+                shown.setdefault((line["method"], what), []).append(line)
+    for axes, (score, split) in zip(panels[0], keys, strict=True):
+        for (method, what), lines in shown.items():
+            lines = sorted(lines, key=lambda line: line["latency_ratio"])
+            points = [line for line in lines if line["split"] == split]
+            axes.errorbar(
+                [line["latency_ratio"] for line in points],
+                [line[score] for line in points],
+                np.nan_to_num([line[f"{score}_std"] for line in points]),
+                label=f"{method}, budget of {what}",
+                color=f"C{METHODS.index(method)}",
+                marker={"latency": "o", "MACs": "s"}.get(what, "^"),
+                linestyle="-" if what == "latency" else ":",
+                capsize=2,
+            )
+        captions = "held-out" if split == "validation" else "training"
+        title = f"{SCORES[score][0]}, {captions} captions"
+        axes.set(xlabel="measured latency, share of the teacher's", title=title, ylim=(0, None))
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="folder of runs whose finished cells are copied")
@@ -267,10 +335,12 @@ def main() -> None:
         with replacing(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
     matplotlib.rcParams["svg.hashsalt"] = "aptp"  # the same file from the same cells
-    cells = comparisons()[min(comparisons())]
-    with replacing(RESULTS / "curve.svg") as temporary:
-        curve(cells).savefig(temporary, format="svg", metadata={"Date": None})
-    print(f"wrote the tables of {' and '.join(page.name for page in PAGES)} and curve.svg")
+    groups = comparisons()
+    made = {"curve.svg": curve(groups["", SHOWN_AT]), "latency.svg": by_latency(groups)}
+    for name, figure in made.items():
+        with replacing(RESULTS / name) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    print(f"wrote the tables of {' and '.join(page.name for page in PAGES)}, {', '.join(made)}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,14 @@ def finish(folder, method, seed, distance, tuning="cut", hits=(1, 0), steps=0):
     """A cell as compare.py leaves it."""
     captions = {"distance": [distance] * 2, "r1": list(hits)}
     scores = [
-        {"method": method, "split": split, "distance": distance, "r1": 0.5, "captions": captions}
+        {"method": method, "split": split, "macs_ratio": 0.5, "captions": captions}
+        | {"distance": distance, "r1": 0.5}
         for split in ("train", "validation")
     ]
     where = {"method": method, "seed": seed, "tuning": tuning, "steps_in_all": steps}
-    cell = where | {"scores": scores, "processor_seconds": {"pruning": 60.0, "tuning": 7.0}}
+    costs = {"processor_seconds": {"pruning": 60.0, "tuning": 7.0}, "latency_ratio": 0.6}
+    costs["num_experts"] = 1 if method == "uni-arch" else 8
+    cell = where | costs | {"scores": scores}
     write_json(folder / f"{method}-{seed}@{tuning}" / "cell.json", cell)
 
 
@@ -53,8 +56,8 @@ def test_cells_are_kept_in_one_file(kept):
     assert results.filled(text) == text and text.startswith("a\n<!--") and "old" not in text
     own, other = text.split("\nb\n")
     first, second = lines_of(own)
-    assert first[:6] == ["aptp", "cut", "0", "2", "67", "0.3000 ± 0.1414"]
-    assert second[:6] == ["sp", "cut", "0", "1", "67", "0.4000"]
+    assert first[:8] == ["aptp", "cut", "0", "2", "0.50", "0.60", "67", "0.3000 ± 0.1414"]
+    assert second[:8] == ["sp", "cut", "0", "1", "0.50", "0.60", "67", "0.4000"]
     assert lines_of(other)[0][5] == "0.3000"
 
 
@@ -95,6 +98,35 @@ def test_only_methods_tuned_alike_are_compared(kept):
         *("validation", "distance ↓", "1", "-0.2000 [-0.2000, -0.2000]", "yes")
     ]
     assert found[1][5].startswith("+0.500 [+0.000") and found[1][6] == "no"
+
+
+def test_two_comparisons_are_held_against_each_other(kept):
+    """Method by method, over the seeds that both have: here seed 1 alone."""
+    for seed, distance in ((0, 0.9), (1, 0.1)):
+        finish(kept / "compare-emoji-cost-latency-0.5", "aptp", seed, distance, "refit")
+    for method, seed in (("aptp", 1), ("aptp", 2), ("sp", 1)):
+        finish(kept / "compare-emoji-0.5", method, seed, 0.4, "refit", (0, 0))
+    results.keep(kept)
+    which = "0.5 of the latency less 0.5 of the MACs"
+    found = lines_of(results.filled(f"<!-- table differences: {which} -->\n<!-- end -->"))
+    assert [line[2:5] for line in found] == [["aptp", "refit", "1"]] * 4
+    assert found[0][5:] == ["-0.3000 [-0.3000, -0.3000]", "yes"]
+    assert found[1][5].startswith("+0.500")
+
+
+def test_figures_show_what_was_refitted_on_as_many_images(kept):
+    for budget in ("cost-latency-0.5", "0.5", "depth-paper-0.5"):
+        finish(kept / f"compare-emoji-{budget}", "aptp", 0, 0.2, "refit")
+    for tuning in ("refit", "refit-4096"):
+        finish(kept / "compare-emoji-0.64", "uni-arch", 0, 0.3, tuning)
+    results.keep(kept)
+    axes = results.by_latency(results.comparisons()).axes
+    labels = [f"{name}" for name in axes[0].get_legend_handles_labels()[1]]
+    assert sorted(labels) == [
+        *("aptp, budget of MACs", "aptp, budget of MACs, depth paper", "aptp, budget of latency"),
+        "uni-arch, budget of MACs",
+    ]
+    assert all(len(ax.containers) == 4 for ax in axes)
 
 
 @pytest.mark.parametrize("path", results.PAGES, ids=lambda path: path.name)
