@@ -25,6 +25,7 @@ Why it is here, and what it gives: docs/departures.md#refit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,7 +41,8 @@ from tqdm import tqdm
 from gates import ArchSpace, Layer, inside, removed_layers
 from prune_unet import attach_gates, channels_of_units, gated_module, gated_path, stream_module
 
-AT_ONCE = 32  # images that are in the U-Net; the others wait at a layer
+AT_ONCE = 32  # images that are in the U-Net, while the others wait at a layer
+MOST_BATCHES = 16  # since a thread of the CPU has buffers of its own
 HELD_OUT = 8  # one in so many images is not fitted to, but shows whether a layer gains
 CHUNK = 2**25  # numbers of X in memory at once
 
@@ -80,9 +82,10 @@ def refit(
         New weights, by the names that they have in the expert's `state_dict`, and each layer's fit.
     """
     n = len(inputs["sample"])
-    batches = torch.arange(n).split(AT_ONCE)
+    batches = torch.arange(n).split(max(AT_ONCE, math.ceil(n / MOST_BATCHES)))
     turns = Turns(len(batches))
-    run = Refitting(unet, space, code, ridge, n // HELD_OUT, turns)
+    held = [int((batch < n // HELD_OUT).sum()) for batch in batches]
+    run = Refitting(unet, space, code, ridge, held, turns)
     try:
         turns.run(lambda batch: unet(**twice(inputs, batches[batch], unet.dtype)))
     finally:
@@ -166,7 +169,7 @@ class Refitting:
         space: ArchSpace,
         code: Tensor,
         ridge: float,
-        held: int,
+        held: list[int],  # of each batch, how many images are held out
         turns: Turns,
     ) -> None:
         self.unet, self.ridge, self.held, self.turns = unet, ridge, held, turns
@@ -204,23 +207,9 @@ class Refitting:
         self, layer: Layer, kept: Tensor, module: Any, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         """Refit the layer with all other batches, and give what comes out from here on."""
-        batch, name = self.turns.current, f"{gated_path(layer)}.weight"
-        stream = self.streams.pop((layer.name, batch))
-        shortcut = getattr(self.unet.get_submodule(layer.name), "conv_shortcut", None)
-        if shortcut is not None:
-            stream = shortcut(stream)
-        if stream.ndim > output.ndim:  # an attention outside Transformers makes tokens of its input
-            stream = stream.flatten(2).transpose(1, 2)
-        teacher, expert = output[0::2], output[1::2]
-        features = inputs[0][1::2].index_select(1 if output.ndim == 4 else -1, kept)
-        # what the expert's W x is to become: all of the teacher's stream that is not there yet
-        missing = teacher + stream[0::2] - stream[1::2]
-        if module.bias is not None:
-            missing = missing - (module.bias[:, None, None] if output.ndim == 4 else module.bias)
+        name = f"{gated_path(layer)}.weight"
         old = module.weight.index_select(1, kept)  # (O, K) or (O, K / 9, 3, 3)
-        held = min(max(0, self.held - batch * AT_ONCE), len(features))
-        self.sums[0].add(module, features[held:], missing[held:])
-        self.sums[1].add(module, features[:held], missing[:held])
+        self.add(layer, kept, module, inputs[0], output)
 
         def regression() -> None:
             new, fit = solved(*self.sums, old, self.ridge)
@@ -233,12 +222,38 @@ class Refitting:
         self.turns.meet(regression)
         if name not in self.weights:
             return output
+        features = expert_features(inputs[0], kept)
         change = (self.weights[name] - old.float()).to(features.dtype)
         if output.ndim == 4:
             more = F.conv2d(features, change, None, module.stride, module.padding)
         else:
             more = F.linear(features, change)
-        return torch.stack([teacher, expert + more], 1).flatten(0, 1)
+        return torch.stack([output[0::2], output[1::2] + more], 1).flatten(0, 1)
+
+    def add(
+        self, layer: Layer, kept: Tensor, module: Any, features: Tensor, output: Tensor
+    ) -> None:
+        """Add a batch to the sums of the layer. What is made for that is gone while others run."""
+        batch = self.turns.current
+        stream = self.streams.pop((layer.name, batch))
+        shortcut = getattr(self.unet.get_submodule(layer.name), "conv_shortcut", None)
+        if shortcut is not None:
+            stream = shortcut(stream)
+        if stream.ndim > output.ndim:  # an attention outside Transformers makes tokens of its input
+            stream = stream.flatten(2).transpose(1, 2)
+        # what the expert's W x is to become: all of the teacher's stream that is not there yet
+        missing = output[0::2] + stream[0::2] - stream[1::2]
+        if module.bias is not None:
+            missing = missing - (module.bias[:, None, None] if output.ndim == 4 else module.bias)
+        features = expert_features(features, kept)
+        held = self.held[batch]
+        self.sums[0].add(module, features[held:], missing[held:])
+        self.sums[1].add(module, features[:held], missing[:held])
+
+
+def expert_features(features: Tensor, kept: Tensor) -> Tensor:
+    """The kept channels of a layer's input, of the expert's half."""
+    return features[1::2].index_select(1 if features.ndim == 4 else -1, kept)
 
 
 class Sums:

@@ -210,7 +210,7 @@ def test_the_plan_says_what_the_sums_over_rows_cost(smallest, make_inputs, monke
     assert new == 4 * sum(weight.numel() for weight in weights.values())
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 24])
+@pytest.mark.parametrize("at_once", [2, 7, 24])
 def test_batches_that_wait_for_each_other_are_one_batch(unet, inputs, at_once, monkeypatch):
     """Also where the last is smaller, and where held-out images are in several of them."""
     space = find_units(unet, "all")
