@@ -40,6 +40,7 @@ SPLITS = ("validation", "train")  # held-out captions first
 SHOWN = ("distance", "distance_exchanged", "r1", "frechet")  # of SCORES, in the page
 SHARES = ("macs_ratio", "latency_ratio")  # of the dense U-Net's, over training prompts
 LATENCY = "cost latency"  # variant of a comparison whose budget is of latency
+ALL = "refit-4096"  # one expert on as many images as eight have
 FIRST = "aptp"  # what the others are compared with
 Cell = dict[str, Any]
 
@@ -121,8 +122,14 @@ def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "d
 
 
 def summary(cells: Sequence[Cell]) -> str:
-    """The scores of images alone."""
-    return scores(cells, ("r1", "frechet"), "r1")
+    """The scores of images alone, of experts refitted on as many images in all, and the teacher."""
+    chosen = [cell for cell in cells if refitted_alike(cell) or cell["method"] == "dense"]
+    return scores(chosen, ("r1", "frechet"), "r1")
+
+
+def refitted_alike(cell: Cell) -> bool:
+    """Whether experts were refitted on as many images in all as APTP's eight, then tuned or not."""
+    return cell["tuning"].partition("+")[0] == ("refit" if cell["num_experts"] > 1 else ALL)
 
 
 def number(line: dict[str, Any], key: str) -> str:
@@ -257,8 +264,7 @@ PANELS = (  # x, its name, score, split
     ("processor_seconds", SECONDS, "distance", "validation"),
 )
 SHOWN_AT = 0.5  # of the MACs: the curve
-WITH_LATENCY = ("aptp", "uni-arch")  # methods in the figure by measured latency
-REFITTED = {True: "refit", False: "refit-4096"}  # several experts, one: as many images in all
+DRAWN = ("aptp", "uni-arch")  # methods that were run at several points
 MARKS = {"as cut": ("o", ":"), "refit": ("s", "-"), "shared": ("D", "--")}
 
 
@@ -274,7 +280,7 @@ def curve(cells: Sequence[Cell]) -> Figure:
         for (method, kind), points in shown.items():
             if method == "dense":
                 axes.axhline(points[0][score], color="grey", label="teacher")
-            elif method in METHODS:
+            elif method in DRAWN:
                 marker, style = MARKS[kind]
                 axes.errorbar(
                     [line[x] for line in points],
@@ -299,9 +305,9 @@ def by_latency(groups: dict[tuple[str, float], list[Cell]]) -> Figure:
     shown: dict[tuple[str, str], list[dict[str, Any]]] = {}  # method, budget of -> its lines
     for (variant, budget), cells in groups.items():
         what = heading(variant, budget).partition(" of the ")[2]
-        refitted = [cell for cell in cells if cell["tuning"] == REFITTED[cell["num_experts"] > 1]]
+        refitted = [c for c in cells if refitted_alike(c) and not c["steps_in_all"]]
         for line in aggregate(rows_of(refitted)):
-            if line["method"] in WITH_LATENCY and "latency_ratio" in line:
+            if line["method"] in DRAWN and "latency_ratio" in line:
                 shown.setdefault((line["method"], what), []).append(line)
     for axes, (score, split) in zip(panels[0], keys, strict=True):
         for (method, what), lines in shown.items():
