@@ -74,9 +74,8 @@ def refit_costs(
     """Of refitting an expert that keeps a share of each layer's units, in float32.
 
     Returns:
-        MACs of the normal equations of one image; bytes of what waits at a layer of one image, for
-        teacher and expert, at most; bytes of the largest X^T X, of rows that are fitted to and of
-        those held out, and of its factor; bytes of the new weights.
+        MACs of the normal equations of one image; bytes of what is kept of one image, for teacher
+        and expert, at most; bytes of the largest X^T X and its factor; bytes of the new weights.
     """
     model = meta_copy(unet)
     macs, inner, largest, weights, skips = 0, 0, 0, 0, 0
@@ -86,7 +85,7 @@ def refit_costs(
         K, outputs = int(share * module.weight[0].numel()), module.weight.shape[0]
         macs += output.numel() // outputs * K * (K + outputs)
         inner = max(inner, inputs[0].numel() + 3 * output.numel())  # stream, residual, output
-        largest, weights = max(largest, 3 * K * K), weights + K * outputs
+        largest, weights = max(largest, 2 * K * K), weights + K * outputs
 
     def down(module: Any, inputs: Any, output: tuple[Tensor, tuple[Tensor, ...]]) -> None:
         nonlocal skips

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import refit
 from bench.plan import refit_costs
@@ -24,14 +23,6 @@ def inputs(unet, make_inputs):
 def code_of(space, threshold=0.0, seed=0):
     logits = torch.randn(space.size, generator=torch.Generator().manual_seed(seed))
     return binarize(logits, space, threshold=threshold)
-
-
-def solved(module, x, target, old, ridge):
-    """A layer on its own, with one image in `HELD_OUT` held out."""
-    sums, held = (refit.Sums(), refit.Sums()), len(x) // refit.HELD_OUT
-    sums[0].add(module, x[held:], target[held:])
-    sums[1].add(module, x[:held], target[:held])
-    return refit.solved(*sums, old, ridge)
 
 
 def refitted(unet, code, space, weights):
@@ -131,7 +122,7 @@ def test_the_expert_computes_what_its_half_of_the_forward_did(unet, inputs, thre
         wanted = unet(**inputs).sample
     weights, _ = refit.refit(unet, space, code, inputs, RIDGE)
     hook.remove()
-    teacher, half = (torch.cat([end[k::2] for end in ends[1:]]) for k in (0, 1))
+    teacher, half = ends[1].chunk(2)
     expert = refitted(unet, code, space, weights)
     with torch.no_grad():
         own, cut = (m(**inputs).sample for m in (expert, cut_expert(unet, code, space)))
@@ -157,7 +148,7 @@ def test_copies_of_kept_channels_are_recovered_exactly(kind):
         )
         full = torch.cat([x, x], 1)
     target, old = module(full).detach(), module.weight.detach()
-    new, (before, after) = solved(module, x, target, old[:, :4], 1e-9)
+    new, (before, after) = refit.solved(module, x, target, old[:, :4], 1e-9)
     assert torch.allclose(new, old[:, :4] + old[:, 4:], atol=1e-5)
     assert after < 1e-10 < before
 
@@ -165,9 +156,9 @@ def test_copies_of_kept_channels_are_recovered_exactly(kind):
 def test_chunks_of_images_add_up(monkeypatch):
     module, x = nn.Conv2d(4, 5, 3, padding=1), torch.randn(17, 3, 6, 6)
     target, old = torch.randn(17, 5, 6, 6), module.weight.detach()[:, :3]
-    whole = solved(module, x, target, old, RIDGE)
+    whole = refit.solved(module, x, target, old, RIDGE)
     monkeypatch.setattr(refit, "CHUNK", 1)
-    parts = solved(module, x, target, old, RIDGE)
+    parts = refit.solved(module, x, target, old, RIDGE)
     assert torch.allclose(whole[0], parts[0], atol=1e-6)
     assert whole[1] == pytest.approx(parts[1])
 
@@ -176,83 +167,30 @@ def test_a_layer_that_does_not_gain_keeps_its_weights():
     """Features of zeros have no solution; two images to fit noise with gain nothing elsewhere."""
     module, draw = nn.Linear(40, 6), torch.Generator().manual_seed(0)
     old = module.weight.detach()
-    _, errors = solved(module, torch.zeros(16, 3, 40), torch.ones(16, 3, 6), old, RIDGE)
+    _, errors = refit.solved(module, torch.zeros(16, 3, 40), torch.ones(16, 3, 6), old, RIDGE)
     assert not refit.Fit("zeros", *errors).gains
     x = torch.randn(9, 3, 40, generator=draw)
     target = F.linear(x, old)
     target[1:] += 5 * torch.randn(8, 3, 6, generator=draw)
-    _, errors = solved(module, x, target, old, 1e-3)
+    _, errors = refit.solved(module, x, target, old, 1e-3)
     assert not refit.Fit("noise", *errors).gains
 
 
 def test_the_plan_says_what_the_sums_over_rows_cost(smallest, make_inputs, monkeypatch):
     """Of a real refit with nothing cut: MACs of X^T X and X^T R, their size, the new weights'."""
-    flops, sizes, add, solve = [], [], refit.Sums.add, refit.solved
+    sums, rows_of = [], refit.rows_of
 
     def counted(*arguments):
-        with FlopCounterMode(display=False) as counter:
-            add(*arguments)
-        flops.append(counter.get_total_flops())
+        for x, r in rows_of(*arguments):
+            sums.append((len(x) * x.shape[1] * (x.shape[1] + r.shape[1]), 2 * 4 * x.shape[1] ** 2))
+            yield x, r
 
-    def sized(fitted, held, *arguments):
-        sizes.append(3 * 4 * fitted.XX.numel())  # of rows fitted to, of those held out; the factor
-        return solve(fitted, held, *arguments)
-
-    monkeypatch.setattr(refit.Sums, "add", counted)
-    monkeypatch.setattr(refit, "solved", sized)
+    monkeypatch.setattr(refit, "rows_of", counted)
     monkeypatch.setattr(refit.Fit, "gains", True)
     space = find_units(smallest)
     inputs = make_inputs(smallest, 1)
     weights, _ = refit.refit(smallest, space, torch.ones(space.size), inputs)
     macs, _, largest, new = refit_costs(smallest, space, 8, 5, share=1.0)
-    assert 2 * macs == sum(flops) > 0
-    assert largest == max(sizes)
+    assert 2 * macs == sum(count for count, _ in sums) > 0  # once summed, once compared
+    assert largest == max(size for _, size in sums)
     assert new == 4 * sum(weight.numel() for weight in weights.values())
-
-
-@pytest.mark.parametrize("at_once", [2, 7, 24])
-def test_batches_that_wait_for_each_other_are_one_batch(unet, inputs, at_once, monkeypatch):
-    """Also where the last is smaller, and where held-out images are in several of them."""
-    space = find_units(unet, "all")
-    code = code_of(space, -0.2)
-    whole, fits = refit.refit(unet, space, code, inputs, RIDGE)
-    monkeypatch.setattr(refit, "AT_ONCE", at_once)
-    parts, again = refit.refit(unet, space, code, inputs, RIDGE)
-    assert list(whole) == list(parts)
-    for name, weight in whole.items():
-        assert torch.allclose(weight, parts[name], atol=1e-4 * weight.abs().max().item()), name
-    for one, other in zip(fits, again, strict=True):
-        assert one.layer == other.layer and one[1:] == pytest.approx(other[1:], rel=1e-3)
-
-
-def test_turns_are_always_in_the_same_order_and_end_together():
-    turns, seen = refit.Turns(3), []
-
-    def work(number):
-        for round in range(2):
-            seen.append((number, round))
-            turns.meet(lambda: seen.append("all"))
-        seen.append((number, "end"))
-
-    turns.run(work)
-    first, second = ([(number, round) for number in range(3)] for round in range(2))
-    assert seen == [*first, "all", *second, "all", (0, "end"), (1, "end"), (2, "end")]
-
-
-@pytest.mark.parametrize("failing", [0, 1, 2, "meeting"])
-def test_an_error_in_one_turn_ends_all(failing):
-    turns, ended = refit.Turns(3), []
-
-    def meeting():
-        if failing == "meeting":
-            raise ValueError("meeting")
-
-    def work(number):
-        if number == failing:
-            raise ValueError(number)
-        turns.meet(meeting)
-        ended.append(number)
-
-    with pytest.raises(ValueError, match=str(failing)):
-        turns.run(work)
-    assert not ended
