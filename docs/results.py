@@ -175,27 +175,49 @@ def kind_of(tuning: str) -> str:
     return next((kind for kind in ("refit", "shared") if tuning.startswith(kind)), "as cut")
 
 
-def paired(own: Captions, other: Captions, key: str) -> list[Any]:
-    """How many seeds both have, the mean difference with its interval, and whether it is clear."""
+def paired(own: Captions, other: Captions, key: str) -> str:
+    """The mean difference of the seeds that both have, with its interval; bold where 0 is outside.
+
+    Nothing where they have no seed in common.
+    """
     seeds, digits = sorted(own.keys() & other.keys()), SCORES[key][1]
+    if not seeds:
+        return ""
     values = np.array([np.subtract(own[seed], other[seed]) for seed in seeds])
     mean, low, high = interval(values)
     text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return [len(seeds), text, "yes" if low * high > 0 else "no"]
+    return f"**{text}**" if low * high > 0 else text
+
+
+Named = tuple[str, str]  # method, tuning
+COMPARED = [(key, split) for key in ("distance", "r1") for split in SPLITS]
+
+
+def held_against(
+    cells: Sequence[Cell], others: Sequence[Cell], pairs: Sequence[tuple[Named, Named]]
+) -> str:
+    """A line for each pair: scores of the first, in `cells`, less those of the second."""
+    own, theirs = (
+        {compared: captions_of(part, compared[1], compared[0]) for compared in COMPARED}
+        for part in (cells, others)
+    )
+    table = []
+    for first, second in pairs:
+        both = [(own[c].get(first, {}), theirs[c].get(second, {}), c[0]) for c in COMPARED]
+        seeds = len(both[0][0].keys() & both[0][1].keys())
+        if seeds:
+            table.append([*first, ", ".join(second), seeds, *(paired(*pair) for pair in both)])
+    heads = ["method", "tuning", "less", "seeds"]
+    heads += [
+        f"{SCORES[key][0]} {'val.' if split == 'validation' else split}" for key, split in COMPARED
+    ]
+    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
 
 
 def less(cells: Sequence[Cell], others: Sequence[Cell]) -> str:
     """A comparison's scores less another's, of the same method, tuning, seeds and captions."""
-    table = []
-    for split, key in ((split, key) for split in SPLITS for key in ("distance", "r1")):
-        values, theirs = (captions_of(part, split, key) for part in (cells, others))
-        table += [
-            [split, SCORES[key][0], method, tuning, *paired(own, theirs[method, tuning], key)]
-            for (method, tuning), own in values.items()
-            if own.keys() & theirs.get((method, tuning), {}).keys()
-        ]
-    heads = ["captions", "score", "method", "tuning", "seeds", "difference [95 %]", "apart from 0"]
-    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
+    names = dict.fromkeys((cell["method"], cell["tuning"]) for cell in cells)
+    return held_against(cells, others, [(name, name) for name in names])
 
 
 def differences(cells: Sequence[Cell]) -> str:
@@ -204,20 +226,13 @@ def differences(cells: Sequence[Cell]) -> str:
         (cell["method"], cell["tuning"]): (kind_of(cell["tuning"]), cell["steps_in_all"])
         for cell in cells
     }
-    table = []
-    for split, key in ((split, key) for split in SPLITS for key in ("distance", "r1")):
-        values = captions_of(cells, split, key)
-        for (method, tuning), own in values.items():
-            for (other, theirs), scores_of in values.items():
-                how = alike.get((other, theirs))  # none: images of wrong experts
-                if method != FIRST or other in (FIRST, "dense") or how != alike[method, tuning]:
-                    continue
-                if not own.keys() & scores_of.keys():
-                    continue
-                what = split, SCORES[key][0], tuning, f"{other}, {theirs}"
-                table.append([*what, *paired(own, scores_of, key)])
-    heads = ["captions", "score", "aptp", "less", "seeds", "difference [95 %]", "apart from 0"]
-    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
+    pairs = [
+        (own, other)
+        for own, how in alike.items()
+        for other, same in alike.items()
+        if own[0] == FIRST and other[0] not in (FIRST, "dense") and same == how
+    ]
+    return held_against(cells, cells, pairs)
 
 
 def ablations(cells: Sequence[Cell]) -> str:
