@@ -38,6 +38,7 @@ DOCUMENTS = {  # page -> its source; those that exist are shown
     "contributing": ROOT / "CONTRIBUTING.md",
     "notice": ROOT / "NOTICE.md",
 }
+COMMENT = re.compile(r"^<!--.*?-->$", re.MULTILINE)  # such as where a table is filled in
 STYLES = {"light": "default", "dark": "github-dark"}  # of Pygments
 
 
@@ -145,7 +146,7 @@ def build(out: Path = ROOT / "docs" / "site") -> None:
         found = sorted(definitions(source), key=lambda d: (min(d.equations, default=99), d.line))
         site.write(name, f"{name}.py", header=header, definitions=found, known=known)
     for page, source in site.documents.items():
-        text = source.read_text(encoding="utf-8")
+        text = COMMENT.sub("", source.read_text(encoding="utf-8"))
         site.write(page, page.replace("_", " "), text=text, source=source)
     shutil.copyfile(ROOT / "docs" / "method.svg", out / "method.svg")
     style = (ROOT / "docs" / "style.css").read_text(encoding="utf-8")

@@ -59,6 +59,11 @@ def test_an_equation_stands_beside_its_code(pages):
     assert "log_Q = F.log_softmax(log_Q, dim=1)" in row and "&lt;&lt;" not in row
 
 
+def test_comments_of_a_document_are_not_shown(pages):
+    text = next(path for path in pages if path.name == "results.html").read_text()
+    assert "<table>" in text and "&lt;!--" not in text
+
+
 def test_every_link_leads_to_something(pages):
     for path, page in pages.items():
         assert len(page.ids) == len(set(page.ids)), path.name
