@@ -21,9 +21,9 @@ By the protocol `all`, other methods get as many steps and refitting images in a
 have together.
 
 Each method, seed and tuning is a cell: an ordinary run folder, and a line of `cells.jsonl` with all
-scores, those of single captions too, and the processor's seconds that it took to make. A killed
-command goes on where it was; several may fill one folder. The tables are written anew after each
-cell.
+scores, those of single captions too, the processor's seconds that it took to make, and its experts'
+measured latency. A killed command goes on where it was; several may fill one folder. The tables are
+written anew after each cell.
 """
 
 from __future__ import annotations
