@@ -273,8 +273,10 @@ class Tuning:
 
     def of_method(self, num_experts: int, of_aptp: int, protocol: str) -> Tuning:
         """The same for a method with another number of experts than APTP's."""
-        share = 1 if protocol == "expert" or self.shared else of_aptp // num_experts
-        return replace(self, steps=self.steps * share, images=self.images * share)
+        if protocol == "expert" or self.shared:
+            return self
+        steps, images = (n * of_aptp // num_experts for n in (self.steps, self.images))
+        return replace(self, steps=steps, images=images)
 
 
 def parse_tuning(name: str) -> Tuning:

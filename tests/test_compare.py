@@ -331,12 +331,14 @@ def test_steps_are_equal_for_each_expert_or_in_all(tmp_path, monkeypatch):
         compare, "measure", lambda cfg, run, name, seed, tuning: made.append((name, seed, tuning))
     )
     cfg = dataclasses.replace(SMALL, num_experts=8, tuning="cut,refit+100,shared+9", seeds=2)
-    cfg = dataclasses.replace(cfg, methods="aptp,sp,aptp:experts-4,dense", protocol="both", seed=5)
+    cfg = dataclasses.replace(cfg, methods="aptp,sp,aptp:experts-4,aptp:experts-10,dense")
+    cfg = dataclasses.replace(cfg, protocol="both", seed=5)
     compare.compare(dataclasses.replace(cfg, out=tmp_path / "out"))
     wanted = {
         "aptp": ("cut", "refit+100", "shared+9"),
         "sp": ("cut", "refit+100", "refit-4096+800", "shared+9"),
         "aptp:experts-4": ("cut", "refit+100", "refit-1024+200", "shared+9"),
+        "aptp:experts-10": ("cut", "refit+100", "refit-409+80", "shared+9"),
         "dense": ("cut",),
     }
     one = [(name, tuning) for name, tunings in wanted.items() for tuning in tunings]
