@@ -332,7 +332,6 @@ class APTPPipeline:
         prompts = checked_prompts(prompts)
         sources = self.sources(len(prompts), seeds, generator)
         experts = self.experts_of(prompts, expert)
-        parts = self.parts(experts, batch_size)
 
         def generate(part: tuple[int, list[int]]) -> list[Image.Image]:
             unet, rows = self.unet(part[0]), part[1]
@@ -344,7 +343,7 @@ class APTPPipeline:
                     on_image(row, image)
             return made
 
-        clock = time.time()
+        clock, parts = time.time(), self.parts(experts, batch_size)
         made = side_by_side(generate, parts, self.teacher.device)
         rows = [row for _, part in parts for row in part]
         images = dict(zip(rows, chain.from_iterable(made), strict=True))
