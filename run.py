@@ -226,10 +226,10 @@ def used_at(teacher: Teacher) -> Teacher:
     return replace(teacher, pixels=teacher.own_pixels or teacher.resolution)
 
 
-def place_of(teacher: Teacher, precision: str) -> Place:
+def deployment(teacher: Teacher, precision: str) -> Place:
     """Where experts will be used: on this device, two images at once, as guidance has it."""
-    pixels, latent_size = used_at(teacher).resolution, used_at(teacher).latent_size
-    return Place(str(teacher.device), precision, 2, pixels, latent_size, teacher.text_tokens)
+    at, here = used_at(teacher), (str(teacher.device), precision)
+    return Place(*here, 2, at.resolution, at.latent_size, teacher.text_tokens)
 
 
 def costs_of(
@@ -244,7 +244,7 @@ def costs_of(
     sizes = {"latent_size": used_at(teacher).latent_size, "text_tokens": teacher.text_tokens}
     macs = measure_macs(teacher.unet, space, **sizes)
     if cfg.cost == "latency" and table is None:
-        place = place_of(teacher, cfg.precision)
+        place = deployment(teacher, cfg.precision)
         table = from_first(lambda: measure_table(teacher.unet, place))
     cost = latency_model(teacher.unet, space, table) if table else macs
     check_budget(cfg.budget, cost)
@@ -536,7 +536,7 @@ def measured_ratio(setup: Setup) -> dict[str, float]:
     if teacher.device.type not in ("cpu", "cuda"):
         return {}
     codes, (summary,) = load_codes(cfg.out, setup.space), read_run(cfg.out, "summary.json")
-    place, shares = place_of(teacher, cfg.precision), torch.tensor(summary["usage_train"])
+    place, shares = deployment(teacher, cfg.precision), torch.tensor(summary["usage_train"])
     seconds = time_experts(teacher.unet, codes, setup.cost, place)  # (N,)
     return {"latency_ratio": (shares.double() @ seconds).item() / setup.cost.dense}
 
