@@ -26,8 +26,9 @@ demo: setup
 	$(RUN) sample.py --run runs/emoji-0.5 --prompts-file assets/prompts/emoji.txt --compare --out runs/emoji-0.5/samples
 	$(RUN) evaluate.py --run runs/emoji-0.5
 
+# a process for each core, four at most, of one thread each; a module's tests stay in one process
 test: setup
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff check .

