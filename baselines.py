@@ -5,6 +5,8 @@
 | `norm` | units with the smallest weights, L1 (Li et al., 2017) | weights |
 | `sp` | units with the least Taylor importance, Diff-Pruning (Fang et al., 2023) | loss |
 | `routed-sp` | the same, for each of N clusters of prompts: our control, not the paper's | loss |
+| `obs` | units whose work the others can do, `importance.surgeon_scores`: ours | loss |
+| `routed-obs` | the same, for each of the N clusters: ours | loss |
 | `routed-uni` | `uni-arch`'s one code N times, for each cluster to fine-tune: our control | loss |
 | `bksdm` | whole blocks in a fixed order, BK-SDM (Kim et al., 2023) | weights |
 | `random` | units chosen at random | seed |
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from common.randomness import step_generator
 from gates import ArchSpace, Layer, inside
-from importance import taylor_importance
+from importance import surgeon_scores, taylor_importance
 from macs import ROUNDING, CostModel
 from prune_unet import gated_module
 from router import PromptRouter
@@ -38,7 +40,11 @@ from train import CHECKPOINT, optimise
 
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 BUDGETS = {"dense": 1.0}  # the budget where a method asks for one
-ROUTED = ("routed-sp", "routed-uni")  # methods with an expert for each cluster of prompts
+ROUTED = (
+    "routed-sp",
+    "routed-obs",
+    "routed-uni",
+)  # methods with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 
@@ -118,6 +124,22 @@ def routed_sp(setup: Setup, router: PromptRouter) -> Tensor:
     """
     router.start_codes(setup.z, seed=setup.cfg.seed)
     return taylor_importance(setup, router.route(setup.z).cpu(), ROUTED_BATCHES)
+
+
+# ---- obs ----
+
+
+def obs(setup: Setup, router: PromptRouter) -> Tensor:
+    """Units whose work the others of their layer can do score low, (1, D). `importance.py`."""
+    return surgeon_scores(setup, sp(setup, router)[0], torch.arange(len(setup.z)))[None]
+
+
+def routed_obs(setup: Setup, router: PromptRouter) -> Tensor:
+    """The same for each of `routed_sp`'s clusters, on its own prompts' features, (N, D)."""
+    importance = routed_sp(setup, router)  # (N, D)
+    clusters = router.route(setup.z).cpu()
+    rows = [(clusters == i).nonzero().flatten() for i in range(len(importance))]
+    return torch.stack([surgeon_scores(setup, *own) for own in zip(importance, rows, strict=True)])
 
 
 # ---- bksdm ----
@@ -224,6 +246,8 @@ METHODS: dict[str, Callable[[Setup, PromptRouter], Tensor]] = {
     "norm": norm,
     "sp": sp,
     "routed-sp": routed_sp,
+    "obs": obs,
+    "routed-obs": routed_obs,
     "bksdm": bksdm,
     "random": random,
     "uni-arch": uni_arch,

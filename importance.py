@@ -17,20 +17,33 @@ leaves out timesteps of small loss).
 | its mean over an interval's samples | `interval_means` | (K, INTERVALS, D) |
 
 What differs from the paper, which does not say where codes start: docs/departures.md.
+
+A unit that matters may yet go, if the others of its layer can do its work: `surgeon_scores`.
+A layer reads features x with weights W. If unit u goes, and W is solved anew for the units that are
+left, as `refit.py` does, its output is off by
+
+    cost(u) = tr(W_u P_uu^-1 W_u^T),    P = (X^T X + lambda)^-1,    W <- W - W_u P_uu^-1 P_u:
+
+(optimal brain surgeon, Hassibi and Stork, 1993). The cheapest unit goes, P and W follow, until none
+is left: of two units that do the same work the first costs nothing, the second what both did. To
+compare layers, a unit's score is its importance times cost / alone, where alone is the cost if
+nothing makes up for it, tr(W_u (X^T X + lambda)_uu W_u^T). Scores do not fall along the order.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import losses
 from common.processes import all_reduce, local_rows, rank
 from common.randomness import batch_rows, step_generator
-from prune_unet import attach_gates
+from gates import Layer
+from prune_unet import attach_gates, gated_module
 from run import Setup
 
 INTERVALS = 20  # equal parts of the noise schedule
@@ -39,6 +52,7 @@ TAYLOR_BATCHES, START_BATCHES = 16, 32  # of training rows; `START_BATCHES` for 
 START_DEVIATION, START_LIMIT = 1.5, 4.0  # of the logits at the start
 START_WEIGHT = 5.0  # factor of W
 RIDGE, MOST_RELATIVE = 3.0, 5.0  # of W's regression: ridge, largest relative importance
+IMAGES, REFIT_RIDGE = 512, 0.1  # as a refit's: of a cluster; lambda over the mean diagonal of X^T X
 
 
 class Gradients(NamedTuple):
@@ -149,3 +163,80 @@ def importance_logits(scores: Tensor) -> Tensor:
     logits = scores.clamp(min=1e-12).log()
     logits = START_DEVIATION * (logits - logits.mean()) / logits.std().clamp(min=1e-6)
     return logits.clamp(-START_LIMIT, START_LIMIT)
+
+
+# ---- what the others can make up for ----
+
+
+@torch.no_grad()
+def surgeon_scores(setup: Setup, importance: Tensor, rows: Tensor) -> Tensor:
+    """Scores of all units, (D,); a layer's own is its importance.
+
+    Args:
+        importance: of all units, (D,), positive.
+        rows: training rows whose features count, (R,).
+    """
+    cfg, teacher, scores = setup.cfg, setup.teacher, importance.clone()
+    grams: dict[str, Tensor] = {}
+    hooks = [
+        gated_module(teacher.unet, layer)[0].register_forward_pre_hook(partial(add, grams, layer))
+        for layer in setup.space.width_layers
+    ]
+    try:
+        rows = rows[batch_rows(len(rows), IMAGES, cfg.seed, 0)]
+        parts = list(enumerate(rows.split(cfg.micro_batch)))
+        for step, part in tqdm(parts, desc="features", unit="batch"):
+            batch = setup.noised(part, step_generator(cfg.seed, "surgeon", step))
+            teacher.unet(**batch.inputs())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer in setup.space.width_layers:
+        gram = grams[layer.name]
+        gram.diagonal().add_(REFIT_RIDGE * gram.diagonal().mean())
+        weight = gated_module(teacher.unet, layer)[0].get_parameter("weight").to(gram)
+        weight = weight.flatten(2).transpose(1, 2).flatten(0, 1) if weight.ndim == 4 else weight
+        order, costs = removals(gram, weight, importance[layer.span])
+        scores[layer.span][order] = torch.cummax(costs, 0).values.to(scores)
+    return scores
+
+
+def add(grams: dict[str, Tensor], layer: Layer, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Add a batch's X^T X to a layer's."""
+    x = inputs[0]
+    x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, positions, C)
+    x = x.flatten(0, -2).to(torch.float64 if x.device.type == "cpu" else torch.float32)
+    product = x.T @ x
+    grams[layer.name] = grams[layer.name] + product if layer.name in grams else product
+
+
+def removals(gram: Tensor, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's units in the order in which they go, (units,), and importance x cost / alone.
+
+    Args:
+        gram: X^T X, made invertible, (C, C).
+        weight: (O, C).
+        importance: of each unit, (units,).
+    """
+    units, C = len(importance), len(gram)
+    channels = torch.arange(C, device=gram.device).view(units, -1)  # (units, C / units)
+    P, W, left = torch.linalg.inv(gram), weight, list(range(units))
+    alone = torch.stack([trace(W[:, u], gram[u][:, u]) for u in channels])
+    factor = importance.to(alone) / alone.clamp(min=1e-30)
+    order, costs = [], []
+    while left:
+        inner = [torch.linalg.inv(P[channels[u]][:, channels[u]]) for u in left]  # P_uu^-1
+        costs_now = [trace(W[:, channels[u]], A) for u, A in zip(left, inner, strict=True)]
+        values = factor[left] * torch.stack(costs_now)
+        least = int(values.argmin())
+        u = channels[left[least]]
+        step = inner[least] @ P[u]  # P_uu^-1 P_u:
+        W, P = W - W[:, u] @ step, P - P[:, u] @ step
+        order.append(left.pop(least))
+        costs.append(values[least])
+    return torch.tensor(order), torch.stack(costs)
+
+
+def trace(W: Tensor, A: Tensor) -> Tensor:
+    """tr(W A W^T)."""
+    return ((W @ A) * W).sum()

@@ -56,7 +56,7 @@ from teacher.shapes import CLIP_TOKENS, PIXELS, POCKET_TOKENS, shape_of, with_ra
 
 WIDTHS = 8  # at which a layer is timed
 ROUNDS = 15  # in each of which everything that is compared has its turn; where one takes ...
-SLOW, FEW = 1.0, 3  # ... more than these seconds, this many
+SLOW, FEW = 1.0, 7  # ... more than these seconds, this many
 TURN = 0.005  # seconds that a turn takes at least
 MOST_CALLS = 100  # in a turn
 IN_GRAPH = 8  # calls in a CUDA graph, so that launching it weighs little

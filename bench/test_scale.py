@@ -5,10 +5,9 @@
 
 Stable Diffusion 2.1: three real steps (one of warm-up, two joint) on 865.9 M random weights at
 256 px, two images at once, with four experts. SDXL: two steps on 2567.5 M random weights in bf16,
-one image at once, with two experts that do not start at the importance, which takes many more
-forwards than the steps. Then an expert is cut, written, loaded and used to generate an image, and
-of Stable Diffusion another is refitted on 8 images. Each is a process of its own, whose peak
-memory is measured. The commands are the user's.
+one image at once, with two experts. Then an expert is cut, written, loaded and used to generate an
+image, and of Stable Diffusion another is refitted on 8 images. Each is a process of its own, whose
+peak memory is measured. The commands are the user's.
 
 It is skipped unless named, since it takes minutes, up to 16 GB of memory and 5 GB of disk.
 """
@@ -37,11 +36,13 @@ SHAPES = {  # prunable units, bytes of memory, precision, what is asked of train
         5394,
         16e9,
         "bf16",
-        "--warmup-steps 1 --joint-steps 1 --batch-size 2 --micro-batch 1 --num-experts 2 "
-        "--no-importance-start",
+        "--warmup-steps 1 --joint-steps 1 --batch-size 2 --micro-batch 1 --num-experts 2",
     ),
 }
-TRAIN = "train.py --target emoji --depth paper --resolution 256 --limit 16 --device cpu"
+TRAIN = (  # the start at the importance would take many more forwards than the steps
+    "train.py --target emoji --depth paper --resolution 256 --limit 16 --device cpu "
+    "--no-importance-start"
+)
 REFIT = "finetune.py --expert 1 --steps 0 --refit-images 8 --device cpu"
 SAMPLE = "sample.py giraffe --expert 0 --steps 2 --resolution 256 --device cpu"
 CUT = """

@@ -73,10 +73,11 @@ def test_codes_meet_the_budget_to_one_percent(setup_of, unet, method, share):
     check_code(code[0], macs.space)  # it can be cut
 
 
-@pytest.mark.parametrize("method", ["sp", "uni-arch"])
+@pytest.mark.parametrize("method", ["sp", "obs", "uni-arch"])
 @pytest.mark.parametrize("budget", [0.85, 0.6])
 def test_codes_made_from_data_meet_the_budget(setup_of, unet, monkeypatch, method, budget):
     monkeypatch.setattr("importance.TAYLOR_BATCHES", 1)
+    monkeypatch.setattr("importance.IMAGES", 8)
     setup = setup_of(unet, budget)
     check_met(setup.macs, code_of(method, setup), budget)
 
@@ -143,15 +144,17 @@ def test_units_that_do_nothing_are_closed_first(setup_of, unet, monkeypatch):
     assert (kept == alive).float().mean() > 0.8  # dead columns are part of a unit's norm
 
 
-# ---- routed-sp ----
+# ---- routed-sp and routed-obs ----
 
 
+@pytest.mark.parametrize("method", ["routed-sp", "routed-obs"])
 @pytest.mark.parametrize("budget", [0.85, 0.6])
-def test_routed_sp_meets_the_budget_over_its_clusters(setup_of, smallest, monkeypatch, budget):
+def test_budget_is_met_over_the_clusters(setup_of, smallest, monkeypatch, budget, method):
     monkeypatch.setattr(baselines, "ROUTED_BATCHES", 6)
+    monkeypatch.setattr("importance.IMAGES", 8)
     setup = setup_of(smallest, budget)
     router = setup.start_router()
-    scores = METHODS["routed-sp"](setup, router)
+    scores = METHODS[method](setup, router)
     N = setup.cfg.num_experts
     routed = torch.bincount(router.route(setup.z), minlength=N)
     assert (routed > 0).all()  # balanced clusters, which the router sends prompts to

@@ -78,6 +78,7 @@ def snapshot(folder: Path) -> dict[Path, int]:
         ("uni-arch:depth-none", {"num_experts": 1, "depth": "none"}),
         ("bksdm", {"num_experts": 1}),
         ("routed-sp", {}),
+        ("routed-obs", {}),
     ],
 )
 def test_a_variant_changes_what_it_names_and_nothing_else(name, changed, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from common.files import load_tensors
 from common.randomness import batch_rows, step_generator
 from gates import ArchSpace, binarize
 from prune_unet import BlockRecorder, attach_gates, cut_expert, find_units, load_expert
-from run import load_shared
+from run import load_shared, shared_path
 from settings import Finetuning
 from teacher.conditions import Conditions
 from teacher.encoded import Encoded
@@ -298,6 +299,20 @@ def test_shared_weights_are_trained_once_and_cut_for_each_expert(task_of, smalle
     start = cut_expert(shared, task.codes[0], task.space)
     pairs = list(zip(expert.parameters(), start.parameters(), strict=True))
     assert all((new - old).abs().max() < 0.01 for new, old in pairs)
+
+
+def test_shared_weights_are_read_where_they_lie(task_of, smallest):
+    """They take no memory that the system could not take back: their file is mapped."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not show what is mapped")
+    task = task_of(shared=True, steps=1)
+    finetune.finetune_shared(task)
+    shared, file = load_shared(task.run, smallest, task.codes), shared_path(task.run)
+    lines = [line.split()[0] for line in maps.read_text().splitlines() if str(file) in line]
+    spans = [[int(end, 16) for end in line.split("-")] for line in lines]
+    for weight in shared.parameters():
+        assert any(start <= weight.data_ptr() < end for start, end in spans)
 
 
 def test_what_would_change_nothing_or_not_be_used_is_refused(tmp_path):

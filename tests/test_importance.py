@@ -196,3 +196,101 @@ def test_units_without_importance_start_lowest_and_finite():
     logits = importance.importance_logits(torch.tensor([0.0, 1e-3, 1e-2, 0.0]))
     assert logits.isfinite().all() and logits[0] == logits[3] < logits[1] < logits[2]
     assert importance.importance_logits(torch.ones(5)).tolist() == [0.0] * 5
+
+
+# ---- what the others can make up for ----
+
+
+@given(seed=st.integers(0, 10_000), units=st.integers(1, 5), each=st.integers(1, 3))
+def test_removals_cost_what_least_squares_leaves(seed, units, each):
+    """Against `lstsq`: the output that is lost when the first units are gone and the rest refitted.
+
+    And the unit that goes is the one after which the least is lost.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, units * each, generator=draw, dtype=torch.float64)
+    x = x @ torch.randn(units * each, units * each, generator=draw, dtype=torch.float64)
+    weight = torch.randn(4, units * each, generator=draw, dtype=torch.float64)
+    gram, y = x.T @ x, x @ weight.T
+
+    def channels(units: list[int]) -> list[int]:
+        return [u * each + k for u in units for k in range(each)]
+
+    def lost(kept: list[int]) -> float:
+        if not kept:
+            return y.square().sum().item()
+        own = x[:, channels(kept)]
+        return (own @ torch.linalg.lstsq(own, y).solution - y).square().sum().item()
+
+    alone = [
+        (x[:, c] @ weight[:, c].T).square().sum()
+        for c in map(channels, ([u] for u in range(units)))
+    ]
+    order, costs = importance.removals(gram, weight, torch.stack(alone))
+    left, before = list(range(units)), 0.0
+    for u, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        after = {v: lost([w for w in left if w != v]) for v in left}
+        near = 1e-6 * lost([])
+        assert after[u] <= min(after.values()) + near
+        assert cost == pytest.approx(after[u] - before, abs=near)
+        before = after[u]
+        left.remove(u)
+    assert not left
+
+
+def test_of_two_units_that_do_the_same_work_one_costs_nothing():
+    gram = torch.diag(torch.tensor([4.0, 1.0, 9.0, 0.0], dtype=torch.float64))
+    gram[3] = gram[2]
+    gram[:, 3] = gram[:, 2]
+    gram[3, 3] = 9.0
+    gram.diagonal().add_(1e-9)
+    weight = torch.tensor([[1.0, 1.0, 0.5, 0.5]], dtype=torch.float64)
+    order, costs = importance.removals(gram, weight, torch.tensor([3.0, 2.0, 1.0, 1.0]))
+    assert order[0] in (2, 3) and costs[0] == pytest.approx(0, abs=1e-6)
+    found = dict(zip(order.tolist(), costs.tolist(), strict=True))
+    # those that nobody can replace cost their importance; the last of the two what both are worth
+    assert found[0] == pytest.approx(3) and found[1] == pytest.approx(2)
+    assert max(found[2], found[3]) == pytest.approx(4)  # twice the weight, four times the square
+
+
+def test_scores_are_of_the_features_that_a_layer_reads(setup_of, unet, monkeypatch):
+    """The Gram matrix and the weights that are used give the layer's own output, tap by tap."""
+    monkeypatch.setattr(importance, "IMAGES", B)
+    monkeypatch.setattr(importance, "REFIT_RIDGE", 0.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(gram: Tensor, weight: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((gram.clone(), weight))
+        return torch.arange(len(own)).flip(0), torch.arange(len(own)) % 3 + own.double()
+
+    monkeypatch.setattr(importance, "removals", look)
+    setup = setup_of(unet, depth="all")
+    space, rows = setup.space, torch.arange(ROWS)
+    given = torch.rand(space.size, generator=torch.Generator().manual_seed(0))
+    scores = importance.surgeon_scores(setup, given, rows)
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+    for layer in space.depth_layers:
+        assert scores[layer.start] == given[layer.start]
+    totals, hooks = {}, []
+    for layer in space.width_layers:
+        own = given[layer.span]
+        expected = (torch.arange(len(own)) % 3 + own).cummax(0).values.flip(0)
+        assert torch.allclose(scores[layer.span], expected)
+
+        def output(module, inputs, layer=layer):
+            (x,) = inputs
+            taps = module.weight.flatten(2).unbind(-1) if x.ndim == 4 else [module.weight]
+            x = x.movedim(1, -1) if x.ndim == 4 else x
+            totals[layer.name] = sum((x.double() @ w.T.double()).square().sum() for w in taps)
+
+        hooks.append(gated_module(unet, layer)[0].register_forward_pre_hook(output))
+    pick = rows[batch_rows(ROWS, B, setup.cfg.seed, 0)]
+    parts = pick.split(setup.cfg.micro_batch)
+    sums = dict.fromkeys((layer.name for layer in space.width_layers), 0.0)
+    for step, part in enumerate(parts):
+        unet(**setup.noised(part, step_generator(setup.cfg.seed, "surgeon", step)).inputs())
+        sums = {name: sums[name] + totals[name].item() for name in sums}
+    for hook in hooks:
+        hook.remove()
+    for (gram, weight), total in zip(seen, sums.values(), strict=True):
+        assert ((weight @ gram) * weight).sum().item() == pytest.approx(total, rel=1e-5)
