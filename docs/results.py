@@ -53,19 +53,29 @@ def kept_cells() -> dict[tuple[Any, ...], Cell]:
 
 
 def keep(runs: Path) -> int:
-    """Add the finished cells of all comparisons below `runs` to cells.jsonl: how many there are."""
+    """Add the finished cells of all comparisons below `runs` to cells.jsonl: how many there are.
+
+    A cell of distances alone does not replace one whose images were scored.
+    """
+    cells = kept_cells()
     found = {
         (folder.name, *key): cell | {"comparison": folder.name}
         for folder in sorted(runs.glob("compare-*"))
         for key, cell in read_cells(folder).items()
     }
-    lines = [
-        json.dumps(cell, ensure_ascii=False) + "\n"
-        for _, cell in sorted((kept_cells() | found).items())
-    ]
+    cells |= {
+        key: cell
+        for key, cell in found.items()
+        if key not in cells or has_images(cell) or not has_images(cells[key])
+    }
+    lines = [json.dumps(cell, ensure_ascii=False) + "\n" for _, cell in sorted(cells.items())]
     with replacing(RESULTS / "cells.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return len(found)
+
+
+def has_images(cell: Cell) -> bool:
+    return any("r1" in row for row in cell["scores"])
 
 
 def place_of(cell: Cell) -> tuple[Any, ...]:
@@ -327,7 +337,7 @@ def by_latency(groups: dict[tuple[str, float], list[Cell]]) -> Figure:
     for axes, (score, split) in zip(panels[0], keys, strict=True):
         for (method, what), lines in shown.items():
             lines = sorted(lines, key=lambda line: line["latency_ratio"])
-            points = [line for line in lines if line["split"] == split]
+            points = [line for line in lines if line["split"] == split and score in line]
             axes.errorbar(
                 [line["latency_ratio"] for line in points],
                 [line[score] for line in points],

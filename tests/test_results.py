@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from docs import results
 
 
@@ -59,6 +59,30 @@ def test_cells_are_kept_in_one_file(kept):
     assert first[:8] == ["aptp", "cut", "0", "2", "0.50", "0.60", "67", "0.3000 ± 0.1414"]
     assert second[:8] == ["sp", "cut", "0", "1", "0.50", "0.60", "67", "0.4000"]
     assert lines_of(other)[0][5] == "0.3000"
+
+
+def test_distances_alone_do_not_replace_scored_images(kept):
+    folder = kept / "compare-emoji-0.5"
+    cell = folder / "aptp-0@cut" / "cell.json"
+
+    def distance() -> float:
+        (found,) = results.kept_cells().values()
+        return found["scores"][0]["distance"]
+
+    for value, images, expected in (
+        (0.1, False, 0.1),
+        (0.2, False, 0.2),
+        (0.3, True, 0.3),
+        (0.4, False, 0.3),
+        (0.5, True, 0.5),
+    ):
+        finish(folder, "aptp", 0, value)
+        made = read_json(cell)
+        if not images:
+            made["scores"] = [{k: v for k, v in row.items() if k != "r1"} for row in made["scores"]]
+            write_json(cell, made)
+        results.keep(kept)
+        assert distance() == expected
 
 
 def test_a_table_that_does_not_exist_is_refused(kept):
