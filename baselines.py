@@ -5,8 +5,8 @@
 | `norm` | units with the smallest weights, L1 (Li et al., 2017) | weights |
 | `sp` | units with the least Taylor importance, Diff-Pruning (Fang et al., 2023) | loss |
 | `routed-sp` | the same, for each of N clusters of prompts: our control, not the paper's | loss |
-| `obs` | units whose work the others can do, `importance.surgeon_scores`: ours | loss |
-| `routed-obs` | the same, for each of the N clusters: ours | loss |
+| `obs` | units whose work others can do, `importance.surgeon_scores`: ours | loss, features |
+| `routed-obs` | the same, for each of the N clusters: ours | loss, features |
 | `routed-uni` | `uni-arch`'s one code N times, for each cluster to fine-tune: our control | loss |
 | `bksdm` | whole blocks in a fixed order, BK-SDM (Kim et al., 2023) | weights |
 | `random` | units chosen at random | seed |
@@ -40,11 +40,7 @@ from train import CHECKPOINT, optimise
 
 DEPTHS = {"bksdm": "all"}  # the space's depth where a method asks for one
 BUDGETS = {"dense": 1.0}  # the budget where a method asks for one
-ROUTED = (
-    "routed-sp",
-    "routed-obs",
-    "routed-uni",
-)  # methods with an expert for each cluster of prompts
+ROUTED = ("routed-sp", "routed-obs", "routed-uni")  # with an expert for each cluster of prompts
 ROUTED_BATCHES = 128  # batches for `routed-sp`: with eight clusters, 16 for each
 
 

@@ -44,7 +44,9 @@ from common.processes import all_reduce, local_rows, rank
 from common.randomness import batch_rows, step_generator
 from gates import Layer
 from prune_unet import attach_gates, gated_module
+from refit import solving_dtype
 from run import Setup
+from settings import Finetuning
 
 INTERVALS = 20  # equal parts of the noise schedule
 LEAST_LOSS = 0.05
@@ -52,7 +54,7 @@ TAYLOR_BATCHES, START_BATCHES = 16, 32  # of training rows; `START_BATCHES` for 
 START_DEVIATION, START_LIMIT = 1.5, 4.0  # of the logits at the start
 START_WEIGHT = 5.0  # factor of W
 RIDGE, MOST_RELATIVE = 3.0, 5.0  # of W's regression: ridge, largest relative importance
-IMAGES, REFIT_RIDGE = 512, 0.1  # as a refit's: of a cluster; lambda over the mean diagonal of X^T X
+IMAGES, REFIT_RIDGE = Finetuning().refit_images, Finetuning().ridge  # of a cluster, as a refit's
 
 
 class Gradients(NamedTuple):
@@ -205,7 +207,7 @@ def add(grams: dict[str, Tensor], layer: Layer, _: nn.Module, inputs: tuple[Any,
     """Add a batch's X^T X to a layer's."""
     x = inputs[0]
     x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x  # (B, positions, C)
-    x = x.flatten(0, -2).to(torch.float64 if x.device.type == "cpu" else torch.float32)
+    x = x.flatten(0, -2).to(solving_dtype(x.device))
     product = x.T @ x
     grams[layer.name] = grams[layer.name] + product if layer.name in grams else product
 
@@ -226,8 +228,8 @@ def removals(gram: Tensor, weight: Tensor, importance: Tensor) -> tuple[Tensor, 
     order, costs = [], []
     while left:
         inner = [torch.linalg.inv(P[channels[u]][:, channels[u]]) for u in left]  # P_uu^-1
-        costs_now = [trace(W[:, channels[u]], A) for u, A in zip(left, inner, strict=True)]
-        values = factor[left] * torch.stack(costs_now)
+        lost = [trace(W[:, channels[u]], A) for u, A in zip(left, inner, strict=True)]
+        values = factor[left] * torch.stack(lost)
         least = int(values.argmin())
         u = channels[left[least]]
         step = inner[least] @ P[u]  # P_uu^-1 P_u:

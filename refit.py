@@ -161,9 +161,14 @@ class Refitting:
         return torch.cat([teacher, expert + more])
 
 
+def solving_dtype(device: torch.device) -> torch.dtype:
+    """Of Gram matrices and what is solved with them: float64 where that is not slow."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
 def rows_of(module: Any, features: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """X, (rows, K), and R, (rows, O), of some images at a time, in the precision of the solving."""
-    dtype = torch.float64 if features.device.type == "cpu" else torch.float32
+    dtype = solving_dtype(features.device)
     patches = 9 if features.ndim == 4 else 1
     at_once = max(1, CHUNK // (patches * features[0].numel()))
     for x, r in zip(features.split(at_once), target.split(at_once), strict=True):

@@ -75,6 +75,7 @@ def keep(runs: Path) -> int:
 
 
 def has_images(cell: Cell) -> bool:
+    """Whether images were scored, not distances alone."""
     return any("r1" in row for row in cell["scores"])
 
 
@@ -133,8 +134,8 @@ def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "d
 
 def summary(cells: Sequence[Cell]) -> str:
     """The scores of images alone, of experts refitted on as many images in all, and the teacher."""
-    chosen = [cell for cell in cells if refitted_alike(cell) or cell["method"] == "dense"]
-    return scores(chosen, ("r1", "frechet"), "r1")
+    alike = [cell for cell in cells if refitted_alike(cell) or cell["method"] == "dense"]
+    return scores([cell for cell in alike if has_images(cell)], ("r1", "frechet"), "r1")
 
 
 def refitted_alike(cell: Cell) -> bool:
