@@ -201,7 +201,7 @@ def paired(own: Captions, other: Captions, key: str) -> str:
 
 
 Named = tuple[str, str]  # method, tuning
-COMPARED = [(key, split) for key in ("distance", "r1") for split in SPLITS]
+COMPARED = [(key, split) for key in ("distance", "r1", "frechet") for split in SPLITS]
 
 
 def held_against(

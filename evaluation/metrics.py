@@ -2,7 +2,7 @@
 
 | function | what it measures | source |
 |---|---|---|
-| `frechet_distance` | FID, of Inception's features | Heusel et al. 2017 |
+| `frechet_distance`, `frechet_values` | FID, of Inception's features | Heusel et al. 2017 |
 | `mmd` | CMMD, of CLIP's features, scaled to length 1 | Jayasumana et al. 2024 |
 | `clip_scores` | whether an image shows its caption | Hessel et al. 2021 |
 | `pick_scores` | what people would prefer | Kirstain et al. 2023 |
@@ -60,18 +60,11 @@ def two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def covariance_root(features: Tensor) -> Tensor:
-    """R with R^T R the sample covariance (divisor n - 1) of (n, d), (min(n, d), d)."""
-    n, d = features.shape
-    centred = (features - features.mean(0)) / math.sqrt(n - 1)
-    return centred if n <= d else torch.linalg.qr(centred, mode="r").R
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2): Heusel et al. 2017.
 
-    It needs no square root of a matrix, and no more samples than dimensions: with S = R^T R, the
-    last trace is the sum of the singular values of R_a R_b^T.
+    It needs no square root of a matrix, and no more samples than dimensions: with S = X^T X, the
+    last trace is the sum of the singular values of X_a X_b^T.
 
     Args:
         a, b: features (n, d) and (m, d), at least two of each.
@@ -80,13 +73,50 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         ValueError: the shapes do not fit, a set has one row only, or a number is not finite.
     """
     a, b = two_sets(a, b)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs two rows or more, got {len(a)} and {len(b)}")
-    R_a, R_b = covariance_root(a), covariance_root(b)
+    (X_a, _, R_a), (X_b, _, R_b) = centred(a), centred(b)
     means = (a.mean(0) - b.mean(0)).square().sum()
-    traces = R_a.square().sum() + R_b.square().sum()
+    traces = X_a.square().sum() + X_b.square().sum()
     distance = means + traces - 2 * torch.linalg.svdvals(R_a @ R_b.T).sum()
     return max(0.0, distance.item())  # rounding
+
+
+def frechet_values(a: Tensor, b: Tensor) -> Tensor:
+    """The Frechet distance as a mean over pairs: what each row of a and b adds to it, (n,).
+
+    A pair's value is the distance plus its influence, n times the derivative by the pair's weight
+    (the infinitesimal jackknife), so resampling pairs' values is resampling pairs to first order.
+    Of the nuclear norm of M = X_a X_b^T = U s V^T with weights w, M_ij ~ sqrt(w_i w_j), it is
+    ((U s U^T)_ii + (V s V^T)_ii) / 2.
+
+    Args:
+        a, b: features (n, d) of pairs, such as images of the same captions, at least two.
+
+    Raises:
+        ValueError: see `frechet_distance`; or the sets are of different sizes.
+    """
+    a, b = two_sets(a, b)
+    if len(a) != len(b):
+        raise ValueError(f"pairs need sets of one size, got {len(a)} and {len(b)}")
+    (X_a, Q_a, R_a), (X_b, Q_b, R_b) = centred(a), centred(b)
+    u, s, vh = torch.linalg.svd(R_a @ R_b.T, full_matrices=False)
+    norm = ((Q_a @ u).square() + (Q_b @ vh.T).square()) @ s  # (n,)
+    spread = X_a.square().sum(1) + X_b.square().sum(1) - norm  # (n,)
+    mean = a.mean(0) - b.mean(0)
+    return (2 * (a - b) - mean) @ mean + len(a) * spread
+
+
+def centred(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X with X^T X the sample covariance (divisor n - 1) of (n, d), and X = Q R.
+
+    Raises:
+        ValueError: there is one row only.
+    """
+    n = len(features)
+    if n < 2:
+        raise ValueError(f"a covariance needs two rows or more, got {n}")
+    X = (features - features.mean(0)) / math.sqrt(n - 1)
+    Q, R = torch.linalg.qr(X)
+    return X, Q, R
 
 
 def mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:

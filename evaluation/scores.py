@@ -160,7 +160,7 @@ class Embedded:
         gallery = self.features(self.compared_with(real))[name]
         reference = gallery[list(real.rows)] if by_style else gallery
         found: Values = {
-            "frechet": metrics.frechet_distance(features, reference),
+            "frechet": metrics.frechet_values(features, reference),
             "mmd": metrics.mmd(metrics.unit(features), metrics.unit(reference), EMBEDDED_SIGMA),
         }
         if by_style:
@@ -194,8 +194,8 @@ class Published:
         texts = self.features.extractors["clip-vit-b-32"].texts(captions)
         large = metrics.unit(a["clip-vit-l-14-336"]), metrics.unit(b["clip-vit-l-14-336"])
         return {
-            "fid": metrics.frechet_distance(a["inception"], b["inception"]),
-            "fid_legacy": metrics.frechet_distance(a["inception-legacy"], b["inception-legacy"]),
+            "fid": metrics.frechet_values(a["inception"], b["inception"]),
+            "fid_legacy": metrics.frechet_values(a["inception-legacy"], b["inception-legacy"]),
             "clip_score": metrics.clip_scores(a["clip-vit-b-32"], texts),
             "cmmd": metrics.mmd(*large),
         }

@@ -9,6 +9,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from cleanfid import fid as cleanfid_fid
 from cleanfid.resize import build_resizer
@@ -22,7 +23,7 @@ from common.errors import UserError
 from evaluation import extractors, metrics
 from evaluation.extractors import Extractor, extract, load_extractor
 from evaluation.images import read_images, resize, to_float, to_pixels
-from evaluation.metrics import frechet_distance, mmd, nmi, r_precision, unit
+from evaluation.metrics import frechet_distance, frechet_values, mmd, nmi, r_precision, unit
 from targets.images import load_target
 
 SEEDS = st.integers(0, 2**31)
@@ -97,14 +98,47 @@ def test_frechet_distance_is_a_distance_of_shapes(seed, n, d):
     assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * here)
 
 
+@given(seed=SEEDS, n=st.integers(2, 12), d=st.integers(1, 12))
+def test_frechet_values_have_the_distance_as_their_mean(seed, n, d):
+    a, b = random(n, d, seed=seed).double(), random(n, d, seed=seed + 1).double() * 2 + 1
+    assert frechet_values(a, b).mean().item() == pytest.approx(frechet_distance(a, b))
+
+
+def weighted_frechet(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:
+    """Of pairs that occur as often as their weights say; 1 each is the ordinary distance."""
+    n, shares = len(a), weights / weights.sum()
+    (mean_a, S_a), (mean_b, S_b) = (
+        (shares @ x, n / (n - 1) * np.cov(x.T, aweights=shares, ddof=0)) for x in (a, b)
+    )
+    root = scipy.linalg.sqrtm(S_a @ S_b).real
+    return float(np.sum((mean_a - mean_b) ** 2) + np.trace(S_a + S_b - 2 * root))
+
+
+@given(seed=SEEDS)
+def test_frechet_values_are_what_more_of_a_pair_would_change(seed):
+    n, d, h = 9, 4, 1e-4
+    a = random(n, d, seed=seed).double()
+    b = a @ random(d, d, seed=seed + 1).double() + random(n, d, seed=seed + 2).double() + 0.5
+    a, b, values = a.numpy(), b.numpy(), frechet_values(a, b)
+    for i in range(n):
+        weights = np.ones(n) + h * np.eye(n)[i], np.ones(n) - h * np.eye(n)[i]
+        more, less = (weighted_frechet(a, b, w) for w in weights)
+        influence = n * (more - less) / (2 * h)
+        assert values[i].item() - frechet_distance(
+            torch.from_numpy(a), torch.from_numpy(b)
+        ) == pytest.approx(influence, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("distance", [frechet_distance, mmd])
 def test_distances_refuse_what_is_no_two_sets_of_features(distance):
     a = random(4, 3)
     for bad in (random(4, 2), random(4), random(0, 3), a / 0):
         with pytest.raises(ValueError, match="features must be"):
             distance(a, bad)
-    with pytest.raises(ValueError, match="two rows or more, got 4 and 1"):
+    with pytest.raises(ValueError, match="two rows or more, got 1"):
         frechet_distance(a, a[:1])
+    with pytest.raises(ValueError, match="sets of one size, got 4 and 3"):
+        frechet_values(a, a[:3])
 
 
 # ---- MMD ----
