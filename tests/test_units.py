@@ -1,10 +1,16 @@
-"""What `python -m bench.units` prints."""
+"""What `python -m bench.units` and `python -m bench.kinds` print."""
 
 import json
 import sys
 from pathlib import Path
 
-from bench import units
+import pytest
+import torch
+from conftest import LAYOUTS
+from diffusers import UNet2DConditionModel
+
+from bench import kinds, units
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,3 +42,69 @@ def test_command_prints_a_table_whose_rows_add_up(monkeypatch, capsys):
     assert int(rows[-1][5]) == 0  # no depth units
     assert abs(sum(float(row[7]) for row in rows[:-1]) - float(rows[-1][7])) < 0.1
     assert "lowest budget" in lines[total + 1]
+
+
+# ---- kinds of operators ----
+
+
+@pytest.fixture
+def small(tmp_path) -> str:
+    UNet2DConditionModel(**LAYOUTS["sd2"]).save_config(tmp_path)
+    return str(tmp_path)
+
+
+def test_kinds_add_up_to_the_whole_and_experts_stand_beside_it(small, monkeypatch, capsys):
+    command = ["kinds.py", "--unet", small, "--device", "cpu", "--rounds", "1", "--budget", "0.6"]
+    monkeypatch.setattr(sys, "argv", command)
+    threads = torch.get_num_threads()
+    kinds.main()
+    assert torch.get_num_threads() == threads
+    _, heads, _, *rows = (
+        [word.strip() for word in line.split("|")] for line in capsys.readouterr().out.splitlines()
+    )
+    assert heads[1:-1] == ["kind", "dense", "share", "depth none", "depth paper", "depth all"]
+    *found, whole = rows
+    assert {row[1] for row in found} == {*kinds.KINDS, kinds.REST}  # none is empty; no GPU's gap
+    assert whole[1] == kinds.WHOLE and float(whole[3]) == 1
+    assert sum(float(row[3]) for row in found) == pytest.approx(1, abs=0.01)
+    total = sum(float(row[2].removesuffix(" ms")) for row in found)
+    assert total == pytest.approx(float(whole[2].removesuffix(" ms")), abs=0.05)
+    assert all(float(ratio) >= 0 for row in rows for ratio in row[4:-1])
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::cudnn_convolution", "convolutions"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::_scaled_dot_product_flash_attention", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::native_group_norm", "normalisation"),
+        ("aten::addmm", "matrix products"),
+        ("aten::bmm", "matrix products"),
+        ("aten::silu", "activations"),
+        ("aten::add_", "sums and products"),
+        ("aten::cat", "copies, upsampling"),
+        ("aten::copy_", "copies, upsampling"),
+        ("aten::upsample_nearest2d", "copies, upsampling"),
+        ("aten::expand", kinds.REST),
+        ("cudaLaunchKernel", kinds.REST),
+    ],
+)
+def test_an_operator_has_a_kind(operator, kind):
+    assert kinds.kind_of(operator) == kind
+
+
+def test_shares_and_ratios_are_medians_over_rounds_of_what_took_turns():
+    rounds = [
+        {"dense": {"attention": 2 * slow, kinds.WHOLE: 4 * slow}, "all": {"attention": 1 * slow}}
+        for slow in (1.0, 2.0, 30.0)
+    ]
+    rounds = [{k: kinds.Counter(v) for k, v in taken.items()} for taken in rounds]
+    assert kinds.table(rounds)[0] == ["attention", "4000.00 ms", "0.500", "0.50"]
+
+
+def test_a_budget_that_widths_alone_cannot_meet_is_refused(small):
+    cfg = kinds.Config(unet=small, device="cpu", budget=0.01)
+    with pytest.raises(UserError, match=r"--budget 0.01 is below 0\.\d+, the lowest of depth none"):
+        kinds.measure(cfg)
