@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-unet", default="sd21", help="U-Net to time, as of bench.units")
     group.addoption("--run", type=Path, help="run whose experts to time; the newest that fits")
     group.addoption("--bench-pixels", type=int, help="pixels a side (CPU: 256, CUDA: 768)")
+    group.addoption("--bench-batch", type=int, help="samples of a training step (CPU: 2, CUDA: 64)")
     group.addoption("--bench-rounds", type=int, default=7, help="rounds of what runs the U-Net")
     group.addoption("--bench-out", type=Path, default=RUNS / "bench", help="folder of CSV and PNG")
 

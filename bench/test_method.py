@@ -34,7 +34,6 @@ from teacher.model import Noised
 from teacher.shapes import CLIP_TOKENS, PIXELS, load_shape
 from train import PruningStep
 
-BATCH = 2
 EXPERTS = 8
 PROMPT_DIM = 768  # all-mpnet-base-v2
 PROMPTS = 64  # a step on the pocket teacher's shape
@@ -56,9 +55,10 @@ def noised(unet, size, latent_size, tokens, device):
 
 @pytest.fixture(scope="module")
 def batch(unet, request, device):
-    """At the paper's training resolution, unless the user chooses."""
+    """At the paper's training resolution, and the batch of a GPU, unless the user chooses."""
     pixels = request.config.getoption("--bench-pixels") or 256
-    return noised(unet, BATCH, pixels // PIXELS, CLIP_TOKENS, device)
+    size = request.config.getoption("--bench-batch") or (64 if device.type == "cuda" else 2)
+    return noised(unet, size, pixels // PIXELS, CLIP_TOKENS, device)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def stock(unet):
 
 def test_forward_with_open_gates(compare, unet, stock, batch, request):
     gates = attach_gates(unet)
-    gates.set_gates(torch.ones(BATCH, gates.space.size, device=batch.sample.device))
+    gates.set_gates(torch.ones(len(batch.sample), gates.space.size, device=batch.sample.device))
 
     def forward(model):
         with torch.no_grad():
@@ -151,11 +151,14 @@ def test_finetuning_step(compare, unet, batch, request, device):
     macs = measure_macs(unet, space, latent_size=size, text_tokens=CLIP_TOKENS)
     logits = torch.randn(1, space.size, generator=torch.Generator().manual_seed(0))
     code = meet_budget(logits, torch.ones(1), macs, 0.5)[0]  # (D,)
+    codes = code.expand(len(batch.sample), -1)
     students = copy.deepcopy(unet), cut_expert(unet, code, space)
     gates = attach_gates(students[0], space)
     teachers = BlockRecorder(unet)
     steps, recorders = [], [teachers]
-    for student, own in zip(students, ((gates, code.expand(BATCH, -1)), None), strict=True):
+    for student, own in zip(
+        students, ((gates, codes), None), strict=True
+    ):
         student.requires_grad_(True)
         recorders.append(BlockRecorder(student))
         how = teacher, student, (teachers, recorders[-1]), batch, cfg, own
