@@ -156,9 +156,7 @@ def test_finetuning_step(compare, unet, batch, request, device):
     gates = attach_gates(students[0], space)
     teachers = BlockRecorder(unet)
     steps, recorders = [], [teachers]
-    for student, own in zip(
-        students, ((gates, codes), None), strict=True
-    ):
+    for student, own in zip(students, ((gates, codes), None), strict=True):
         student.requires_grad_(True)
         recorders.append(BlockRecorder(student))
         how = teacher, student, (teachers, recorders[-1]), batch, cfg, own
