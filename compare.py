@@ -2,14 +2,14 @@
 
     python compare.py --methods aptp,norm,sp,bksdm,random,uni-arch,dense --budget 0.5 --seeds 3
     python compare.py --methods aptp,uni-arch --tuning cut,refit,refit+25,100,shared+800
-    python compare.py --methods aptp,aptp:no-center,aptp:experts-16+depth-all --budget 0.5 \\
+    python compare.py --methods aptp,aptp:no-center,aptp:experts-16+depth-paper --budget 0.5 \\
         --tuning cut --distances-only          # ablations: what codes are worth as they were cut
     python compare.py --methods uni-arch,aptp:contrastive,aptp:transport,aptp   # Table 3
 
 A method may carry a variant after a colon: settings of train.py, written as there but without the
-leading dashes (`aptp:no-center`, `aptp:predictor-rate-1`), with `+` between several, or one of
-`NAMED`.
-`random-clusters` gives each prompt a random expert, `by-group` one for each group of the data set.
+leading dashes (`aptp:no-center`, `aptp:predictor-rate-1`), with `+` between several. `contrastive`
+and `transport` are rows of Table 3; `random-clusters` gives each prompt a random expert, `by-group`
+one for each group of the data set.
 
 `--tuning` says what is done to the experts after they were cut, one or more of:
 

@@ -2,7 +2,7 @@
 
     python evaluate.py                         # the newest run: metrics.json, figures, report.html
     python evaluate.py --run runs/emoji-0.5 --exchanged
-    torchrun --nproc-per-node 8 -- evaluate.py --run runs/coco-base --metrics paper
+    torchrun --nproc-per-node 8 -- evaluate.py --run runs/coco-0.78 --metrics paper
 
 Captions of both splits, one of each real image, go to their experts. Every image has a seed of its
 own, and the unpruned teacher gets the same captions and seeds. After a kill, the same command

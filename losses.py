@@ -52,8 +52,8 @@ def contrastive_loss(
 ) -> Tensor:
     """Binary cross-entropy of the architectures' similarities s under the prompts' r [Eq. 13]
 
-    -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij), a scalar; the module's header explains
-    the sign.
+    -1/B^2 sum_ij r_ij log s_ij + (1 - r_ij) log(1 - s_ij), a scalar; docs/departures.md#losses
+    explains the sign.
 
     Args:
         z: prompt embeddings, (B, dz); no gradient flows to them.

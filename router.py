@@ -15,8 +15,8 @@ similarity afterwards.
 | eta | `router.predictor`: weight W and bias b | (D, dz), (D,) |
 
 Not in the paper: C is `router.content`, (dz, dz), what an image's captions have in common; mean z
-is `router.mean_z`, (dz,); `router.keys`, (N, D), are the codes less b as they start, which prompts
-are compared with. Why, and what else differs from the paper: docs/departures.md#router.
+is `router.mean_z`, (dz,); `router.keys`, (N, D), are the codes' starting values less b; prompts are
+compared with them. Why, and what else differs from the paper: docs/departures.md#router.
 """
 
 from __future__ import annotations

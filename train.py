@@ -22,7 +22,8 @@ depend on how a batch is divided.
 | lambda_res | `lambda_res`: the multiplier that holds the budget, or a constant | scalar |
 | dL/da | `dL_da`, L being the image losses, weighted and summed | (B, D) |
 
-What differs from the paper: docs/departures.md#train; `--preset emoji-as-printed` undoes it.
+What differs from the paper: docs/departures.md#train; `--preset emoji-as-printed` undoes what has a
+switch here.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Config:
     batch: Count = 1
     """Samples at once."""
     resolution: Pixels | None = None
-    """Pixels a side; the U-Net's own if not given, at most 256 on a CPU."""
+    """Pixels a side; the U-Net's own if not given, at most 256 on a CPU, 768 on a GPU."""
     budget: Budget = 0.78
     """The experts' share of the dense MACs."""
     rounds: Count = 7

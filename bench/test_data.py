@@ -88,13 +88,17 @@ def test_host_work(benchmark, report_ratio, tmp_path, monkeypatch, device):
     unet = load_shape("sd21")
     schedule = DDPMScheduler(prediction_type="v_prediction")
     teacher = SimpleNamespace(
-        unet=unet, device=device, dtype=torch.float32, noise_schedule=lambda: schedule
+        unet=unet,
+        device=device,
+        dtype=torch.float32,
+        noise_schedule=lambda: schedule,
+        identity="random weights",
     )
     encoded = Encoded(
         OnDemand(lambda rows: torch.zeros(len(rows), 4, 32, 32)),
         OnDemand(lambda rows: Conditions(torch.zeros(len(rows), 1, 8))),
     )
-    steps = {"warmup_steps": STEPS, "joint_steps": 0, "save_every": STEPS}
+    steps = {"warmup_steps": STEPS, "joint_steps": 0}
     cfg = replace(PAPER, **steps, importance_start=False, out=tmp_path)
     setup, starts = setup_of(cfg, teacher, z, encoded, unet), []
 

@@ -1,8 +1,8 @@
 """The paper's equations, and the definitions of the code that carry their tags.
 
 The function that is an equation ends the first line of its docstring with `[Eq. n]`, and no other
-function does. `equations.md` holds the equations themselves. Eqs. 16-19 are background that nothing
-here computes.
+function does. `equations.md` holds the equations themselves. Eqs. 16-19 are background; no
+function at the top level is one of them.
 """
 
 from __future__ import annotations

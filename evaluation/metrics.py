@@ -17,7 +17,7 @@ same sizes only: in EfficientNet-Lite0's features the Frechet distance of 1,744 
 pocket teacher from the real ones 796).
 
 Where the paper's extractors cannot be had, `efficientnet-lite0` stands in, and a distance is no FID
-or CMMD; R-precision takes the place of the CLIP score (docs/departures.md). It compares images with
+or CMMD; R-precision takes the place of the CLIP score. It compares images with
 images, and by cosine: 85 of 100 emoji were found again after the pocket teacher's autoencoder, 82
 by Euclidean distance. CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but
 linear: it compares means. `EMBEDDED_SIGMA` is about the distance between two emoji (the median is

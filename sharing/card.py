@@ -38,7 +38,7 @@ The dense U-Net has {dense:.3g} G MACs for one image and one step.{latency}{samp
 ## How it was made
 
 Pruned by APTP (method `{method}`) on {prompts:,} prompts of `{target}`, to a mean of {budget:g} of
-the MACs, depth `{depth}`, seed {seed}. Images are {resolution} pixels a side. A guidance of
+the {counted}, depth `{depth}`, seed {seed}. Images are {resolution} pixels a side. A guidance of
 {guidance:g} and 25 steps of PNDM suit the model.
 
 The method: [Not All Prompts Are Made Equal](https://arxiv.org/abs/2406.12042), ICLR 2025.
@@ -149,6 +149,7 @@ def model_card(
         prompts=prompts,
         target=summary["target"],
         budget=summary["budget"],
+        counted="latency" if "latency" in summary else "MACs",
         depth=settings["depth"],
         seed=settings["seed"],
         resolution=summary["resolution"],

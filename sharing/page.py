@@ -214,7 +214,9 @@ def about_model(model: Shown) -> str:
     """The page's first lines."""
     summary, experts = model.summary, model.experts
     count = f"{len(experts)} experts" if len(experts) > 1 else f"expert {min(experts)}"
-    line = f"## {html.escape(Path(summary['teacher']).name)} at {summary['budget']:g} of its MACs\n"
+    counted = "latency" if "latency" in summary else "MACs"
+    name = html.escape(Path(summary["teacher"]).name)
+    line = f"## {name} at {summary['budget']:g} of its {counted}\n"
     return f"{line}{count}, pruned on {html.escape(str(Path(summary['target']).name))}."
 
 

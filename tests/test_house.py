@@ -1,4 +1,4 @@
-"""The house: the paper on top, what carries it in rooms below, arrows one way (DESIGN.md)."""
+"""The house: the paper on top, what carries it in rooms below, arrows one way."""
 
 import ast
 import re

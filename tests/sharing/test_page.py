@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from sample import APTPPipeline
 from sharing import publish
-from sharing.page import SIDE, Config, build, compare, gallery, launch, load
+from sharing.page import SIDE, Config, about_model, build, compare, gallery, launch, load
 from targets.images import load_target
 
 HOW = (3, 2.0, 7)  # steps, guidance, seed
@@ -102,7 +102,10 @@ def test_a_latency_is_shown_where_the_run_has_it(model):
         row | {"latency_ratio": 0.6, "latency_measured": 0.0123, "latency_predicted": 0.011}
         for row in model.summary["experts"]
     ]
-    model = type(model)(**{**model.__dict__, "summary": model.summary | {"experts": experts}})
+    budgeted = {"experts": experts, "latency": {}}
+    assert "of its MACs" in about_model(model)
+    model = type(model)(**{**model.__dict__, "summary": model.summary | budgeted})
+    assert "of its latency" in about_model(model)
     assert "12.3 ms, measured" in next(compare(model, "a dog", *HOW))[0]
 
 
