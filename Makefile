@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # libgomp's own setting (which spins for long), and on a quiet one 1.4 times as fast as without any spinning
 export GOMP_SPINCOUNT := 20000
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint bench results docs clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -38,6 +38,11 @@ lint: setup
 
 bench: setup
 	$(RUN) -m pytest bench/ --benchmark-only
+
+# every cell of docs/results.md, then its tables and figures: a day of one core; it goes on where it was stopped
+results: setup
+	while read -r cells; do $(RUN) compare.py $$cells || exit; done < docs/results/cells.txt
+	$(RUN) -m docs.results --keep runs
 
 docs: setup
 	$(RUN) -m docs.site

@@ -42,6 +42,7 @@ SHARES = ("macs_ratio", "latency_ratio")  # of the dense U-Net's, over training 
 LATENCY = "cost latency"  # variant of a comparison whose budget is of latency
 ALL = "refit-4096"  # one expert on as many images as eight have
 FIRST = "aptp"  # what the others are compared with
+MAIN = (FIRST, "uni-arch", "sp", "obs", "routed-obs", "dense")  # in README
 Cell = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def keep(runs: Path) -> int:
     cells = kept_cells()
     found = {
         (folder.name, *key): cell | {"comparison": folder.name}
-        for folder in sorted(runs.glob("compare-*"))
+        for folder in sorted(runs.glob("**/compare-*"))
         for key, cell in read_cells(folder).items()
     }
     cells |= {
@@ -133,8 +134,9 @@ def scores(cells: Sequence[Cell], shown: Sequence[str] = SHOWN, needed: str = "d
 
 
 def summary(cells: Sequence[Cell]) -> str:
-    """The scores of images alone, of experts refitted on as many images in all, and the teacher."""
-    alike = [cell for cell in cells if refitted_alike(cell) or cell["method"] == "dense"]
+    """The scores of images alone, of `MAIN` methods, refitted on as many images in all."""
+    shown = [cell for cell in cells if cell["method"] in MAIN]
+    alike = [cell for cell in shown if refitted_alike(cell) or cell["method"] == "dense"]
     return scores([cell for cell in alike if has_images(cell)], ("r1", "frechet"), "r1")
 
 
@@ -186,10 +188,13 @@ def kind_of(tuning: str) -> str:
     return next((kind for kind in ("refit", "shared") if tuning.startswith(kind)), "as cut")
 
 
-def paired(own: Captions, other: Captions, key: str) -> str:
+def paired(own: Captions, other: Captions, key: str, most: int) -> str:
     """The mean difference of the seeds that both have, with its interval; bold where 0 is outside.
 
-    Nothing where they have no seed in common.
+    Nothing where they have no seed in common; their number where it is not the line's.
+
+    Args:
+        most: seeds that the line has.
     """
     seeds, digits = sorted(own.keys() & other.keys()), SCORES[key][1]
     if not seeds:
@@ -197,7 +202,8 @@ def paired(own: Captions, other: Captions, key: str) -> str:
     values = np.array([np.subtract(own[seed], other[seed]) for seed in seeds])
     mean, low, high = interval(values)
     text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if low * high > 0 else text
+    text = f"**{text}**" if low * high > 0 else text
+    return text if len(seeds) == most else f"{text} ({len(seeds)})"
 
 
 Named = tuple[str, str]  # method, tuning
@@ -217,7 +223,9 @@ def held_against(
         both = [(own[c].get(first, {}), theirs[c].get(second, {}), c[0]) for c in COMPARED]
         seeds = len(both[0][0].keys() & both[0][1].keys())
         if seeds:
-            table.append([*first, ", ".join(second), seeds, *(paired(*pair) for pair in both)])
+            table.append(
+                [*first, ", ".join(second), seeds, *(paired(*pair, seeds) for pair in both)]
+            )
     heads = ["method", "tuning", "less", "seeds"]
     heads += [
         f"{SCORES[key][0]} {'val.' if split == 'validation' else split}" for key, split in COMPARED

@@ -1,13 +1,17 @@
 """Kept cells as the tables of the page."""
 
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 
+import compare
 from common.errors import UserError
 from common.files import read_json, write_json
+from compare import parse_tuning
 from docs import results
+from settings import read_with_preset
 
 
 @pytest.fixture
@@ -123,6 +127,22 @@ def test_only_methods_tuned_alike_are_compared(kept):
     assert line[6].startswith("+0.500 [+0.000")  # not clear
 
 
+def test_a_score_that_fewer_seeds_have_says_so(kept):
+    folder = kept / "compare-emoji-0.5"
+    for method, distance in (("aptp", 0.1), ("uni-arch", 0.3)):
+        for seed in (0, 1):
+            finish(folder, method, seed, distance, "refit")
+    path = folder / "aptp-1@refit" / "cell.json"
+    cell = read_json(path)
+    for row in cell["scores"]:
+        del row["captions"]["r1"]
+    write_json(path, cell)
+    results.keep(kept)
+    (line,) = lines_of(results.filled("<!-- table differences: 0.5 of the MACs -->\n<!-- end -->"))
+    assert line[3] == "2" and line[4] == "**-0.2000 [-0.2000, -0.2000]**"
+    assert line[6] == "+0.000 [+0.000, +0.000] (1)"
+
+
 def test_two_comparisons_are_held_against_each_other(kept):
     """Method by method, over the seeds that both have: here seed 1 alone."""
     for seed, distance in ((0, 0.9), (1, 0.1)):
@@ -156,3 +176,22 @@ def test_figures_show_what_was_refitted_on_as_many_images(kept):
 def test_a_page_is_that_of_the_cells(path):
     page = path.read_text(encoding="utf-8")
     assert results.MARK.search(page) and results.filled(page) == page
+
+
+def cells_of(line: str) -> set[tuple[str, str, int, str]]:
+    """Comparison, method, seed and tuning of all cells that a line of cells.txt makes."""
+    cfg = read_with_preset(compare.Config, shlex.split(line), "")
+    name = cfg.out.name if cfg.out else f"compare-emoji-{cfg.budget:g}"
+    experts = {cell["method"]: cell["num_experts"] for cell in results.kept_cells().values()}
+    return {
+        (name, method, seed, str(parse_tuning(tuning).of_method(experts[method], 8, protocol)))
+        for method in cfg.methods.split(",")
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+        for tuning in cfg.tuning.split(",")
+        for protocol in compare.PROTOCOLS[cfg.protocol]
+    }
+
+
+def test_one_command_makes_all_cells():
+    lines = (results.RESULTS / "cells.txt").read_text(encoding="utf-8").splitlines()
+    assert set().union(*map(cells_of, lines)) == set(results.kept_cells())
