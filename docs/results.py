@@ -294,8 +294,8 @@ STEPS, SECONDS = "fine-tuning steps in all", "processor seconds in all"
 PANELS = (  # x, its name, score, split
     ("steps_in_all", STEPS, "r1", "validation"),
     ("steps_in_all", STEPS, "r1", "train"),
-    ("steps_in_all", STEPS, "distance", "validation"),
     ("processor_seconds", SECONDS, "distance", "validation"),
+    ("processor_seconds", SECONDS, "distance", "train"),
 )
 SHOWN_AT = 0.5  # of the MACs: the curve
 DRAWN = ("aptp", "uni-arch")  # methods that were run at several points
@@ -305,7 +305,8 @@ MARKS = {"as cut": ("o", ":"), "refit": ("s", "-"), "shared": ("D", "--")}
 def curve(cells: Sequence[Cell]) -> Figure:
     """Scores at one budget, by fine-tuning steps and by the processor's seconds."""
     figure, panels = sheet(16, 4, ncols=4)
-    lines = aggregate(rows_of(cells))
+    alike = [c for c in cells if kind_of(c["tuning"]) != "refit" or refitted_alike(c)]
+    lines = aggregate(rows_of(alike))
     for axes, (x, title, score, split) in zip(panels[0], PANELS, strict=True):
         shown: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for line in sorted(lines, key=lambda line: line[x]):
