@@ -39,7 +39,7 @@ lint: setup
 bench: setup
 	$(RUN) -m pytest bench/ --benchmark-only
 
-# every cell of docs/results.md, then its tables and figures: a day of one core; it goes on where it was stopped
+# every cell of docs/results.md, then its tables and figures: about 14 hours of one core; it goes on where it was stopped
 results: setup
 	while read -r cells; do $(RUN) compare.py $$cells || exit; done < docs/results/cells.txt
 	$(RUN) -m docs.results --keep runs

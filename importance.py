@@ -1,4 +1,4 @@
-"""Taylor importance of a unit: how much the loss changes when it goes. Ours: codes start there.
+"""Taylor importance of a unit: how much the loss changes when it goes. Where codes start; `sp`.
 
 A layer reads a unit's features h as W h, where W are the weights for that unit. A gate a makes this
 W (a h) = (a W) h, so dL/da at a = 1 is the sum of w dL/dw over W: to first order, the change of L

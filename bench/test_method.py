@@ -55,7 +55,7 @@ def noised(unet, size, latent_size, tokens, device):
 
 @pytest.fixture(scope="module")
 def batch(unet, request, device):
-    """At the paper's training resolution, and the batch of a GPU, unless the user chooses."""
+    """At the paper's training resolution, as many as a step has, unless the user chooses."""
     pixels = request.config.getoption("--bench-pixels") or 256
     size = request.config.getoption("--bench-batch") or (64 if device.type == "cuda" else 2)
     return noised(unet, size, pixels // PIXELS, CLIP_TOKENS, device)

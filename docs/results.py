@@ -56,28 +56,32 @@ def kept_cells() -> dict[tuple[Any, ...], Cell]:
 def keep(runs: Path) -> int:
     """Add the finished cells of all comparisons below `runs` to cells.jsonl: how many there are.
 
-    A cell of distances alone does not replace one whose images were scored.
+    A cell does not replace one of which more sets of images were scored. Of single captions' scores
+    those are kept that are compared.
     """
-    cells = kept_cells()
-    found = {
-        (folder.name, *key): cell | {"comparison": folder.name}
-        for folder in sorted(runs.glob("**/compare-*"))
-        for key, cell in read_cells(folder).items()
-    }
-    cells |= {
-        key: cell
-        for key, cell in found.items()
-        if key not in cells or has_images(cell) or not has_images(cells[key])
-    }
+    cells, found = kept_cells(), set()
+    for folder in sorted(runs.glob("**/compare-*")):
+        for key, cell in read_cells(folder).items():
+            place = (folder.name, *key)
+            found.add(place)
+            if place not in cells or scored_sets(cell) >= scored_sets(cells[place]):
+                scores = [row | {"captions": compared_captions(row)} for row in cell["scores"]]
+                cells[place] = cell | {"comparison": folder.name, "scores": scores}
     lines = [json.dumps(cell, ensure_ascii=False) + "\n" for _, cell in sorted(cells.items())]
     with replacing(RESULTS / "cells.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return len(found)
 
 
-def has_images(cell: Cell) -> bool:
-    """Whether images were scored, not distances alone."""
-    return any("r1" in row for row in cell["scores"])
+def scored_sets(cell: Cell) -> int:
+    """How many sets of images were scored: none of a cell of distances alone."""
+    return sum("r1" in row for row in cell["scores"])
+
+
+def compared_captions(row: dict[str, Any]) -> dict[str, list[float]]:
+    """The scores of single captions that `COMPARED` names."""
+    keys = {key for key, _ in COMPARED}
+    return {key: values for key, values in row.get("captions", {}).items() if key in keys}
 
 
 def place_of(cell: Cell) -> tuple[Any, ...]:
@@ -137,7 +141,7 @@ def summary(cells: Sequence[Cell]) -> str:
     """The scores of images alone, of `MAIN` methods, refitted on as many images in all."""
     shown = [cell for cell in cells if cell["method"] in MAIN]
     alike = [cell for cell in shown if refitted_alike(cell) or cell["method"] == "dense"]
-    return scores([cell for cell in alike if has_images(cell)], ("r1", "frechet"), "r1")
+    return scores([cell for cell in alike if scored_sets(cell)], ("r1", "frechet"), "r1")
 
 
 def refitted_alike(cell: Cell) -> bool:

@@ -2,7 +2,7 @@
 
 | function | what it measures | source |
 |---|---|---|
-| `frechet_distance`, `frechet_values` | FID, of Inception's features | Heusel et al. 2017 |
+| `frechet_values` | FID, of Inception's features | Heusel et al. 2017 |
 | `mmd` | CMMD, of CLIP's features, scaled to length 1 | Jayasumana et al. 2024 |
 | `clip_scores` | whether an image shows its caption | Hessel et al. 2021 |
 | `pick_scores` | what people would prefer | Kirstain et al. 2023 |
@@ -17,11 +17,11 @@ same sizes only: in EfficientNet-Lite0's features the Frechet distance of 1,744 
 pocket teacher from the real ones 796).
 
 Where the paper's extractors cannot be had, `efficientnet-lite0` stands in, and a distance is no FID
-or CMMD; R-precision takes the place of the CLIP score. It compares images with
-images, and by cosine: 85 of 100 emoji were found again after the pocket teacher's autoencoder, 82
-by Euclidean distance. CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but
-linear: it compares means. `EMBEDDED_SIGMA` is about the distance between two emoji (the median is
-1.17), so that the MMD of the embedded features sees more than means.
+or CMMD; R-precision takes the place of the CLIP score. It compares images with images, and by
+cosine: 85 of 100 emoji were found again after the pocket teacher's autoencoder, 82 by Euclidean
+distance. CMMD's bandwidth, 10 for vectors of length 1, makes its kernel all but linear: it compares
+means. `EMBEDDED_SIGMA` is about the distance between two emoji (the median is 1.17), so that the
+MMD of the embedded features sees more than means.
 """
 
 from __future__ import annotations
@@ -60,39 +60,23 @@ def two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2): Heusel et al. 2017.
-
-    It needs no square root of a matrix, and no more samples than dimensions: with S = X^T X, the
-    last trace is the sum of the singular values of X_a X_b^T.
-
-    Args:
-        a, b: features (n, d) and (m, d), at least two of each.
-
-    Raises:
-        ValueError: the shapes do not fit, a set has one row only, or a number is not finite.
-    """
-    a, b = two_sets(a, b)
-    (X_a, _, R_a), (X_b, _, R_b) = centred(a), centred(b)
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    traces = X_a.square().sum() + X_b.square().sum()
-    distance = means + traces - 2 * torch.linalg.svdvals(R_a @ R_b.T).sum()
-    return max(0.0, distance.item())  # rounding
-
-
 def frechet_values(a: Tensor, b: Tensor) -> Tensor:
     """The Frechet distance as a mean over pairs: what each row of a and b adds to it, (n,).
 
+    Their mean is |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), Heusel et al. 2017.
+    With S = X^T X the last trace is the sum of the singular values of M = X_a X_b^T = U s V^T, so
+    it needs no square root of a matrix, and no more samples than dimensions.
+
     A pair's value is the distance plus its influence, n times the derivative by the pair's weight
     (the infinitesimal jackknife), so resampling pairs' values is resampling pairs to first order.
-    Of the nuclear norm of M = X_a X_b^T = U s V^T with weights w, M_ij ~ sqrt(w_i w_j), it is
+    With weights w, M_ij ~ sqrt(w_i w_j), so that of the singular values' sum is
     ((U s U^T)_ii + (V s V^T)_ii) / 2.
 
     Args:
         a, b: features (n, d) of pairs, such as images of the same captions, at least two.
 
     Raises:
-        ValueError: see `frechet_distance`; or the sets are of different sizes.
+        ValueError: the shapes do not fit, there is one pair only, or a number is not finite.
     """
     a, b = two_sets(a, b)
     if len(a) != len(b):

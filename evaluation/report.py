@@ -34,7 +34,7 @@ from evaluation.analysis import (
 )
 from evaluation.generated import Example
 from evaluation.grids import save_figure
-from evaluation.tables import SCORES, latency_error, latency_line
+from evaluation.tables import SCORES, budget_text, latency_error, latency_line
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -306,6 +306,7 @@ def write_report(run: Path, inputs: Inputs) -> Path:
         words=table(words_table(train, validation, inputs.ratios)),
         groups=groups_table(train, inputs.ratios),
         blocks=blocks_table(inputs),
+        budget=budget_text(inputs.summary),
         latency=latency_table(inputs.summary) if "latency" in inputs.summary else None,
         latency_line=latency_line(inputs.summary) if "latency" in inputs.summary else "",
     )

@@ -155,11 +155,16 @@ def print_experts(summary: dict[str, Any]) -> None:
     used = sum(share > 0 for share in summary["usage_validation"])
     print(
         f"mean MACs ratio over training prompts {summary['macs_ratio_mean']:.4f} (budget "
-        f"{summary['budget']:g}{' of the latency' * timed}); "
+        f"{budget_text(summary)}); "
         f"{used} of {summary['num_experts']} experts get validation prompts"
     )
     if timed:
         print(latency_line(summary))
+
+
+def budget_text(summary: dict[str, Any]) -> str:
+    """A run's budget, and what it is of: `0.5 of the latency`."""
+    return f"{summary['budget']:g} of the {'latency' if 'latency' in summary else 'MACs'}"
 
 
 def latency_text(expert: dict[str, Any]) -> str:

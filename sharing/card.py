@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.hub import HUB_NAME, SDXL_BASE, STABLE_DIFFUSION
-from evaluation.tables import latency_line
+from evaluation.tables import budget_text, latency_line
 from sample import APTPPipeline
 
 LICENSES = {
@@ -37,8 +37,8 @@ The dense U-Net has {dense:.3g} G MACs for one image and one step.{latency}{samp
 
 ## How it was made
 
-Pruned by APTP (method `{method}`) on {prompts:,} prompts of `{target}`, to a mean of {budget:g} of
-the {counted}, depth `{depth}`, seed {seed}. Images are {resolution} pixels a side. A guidance of
+Pruned by APTP (method `{method}`) on {prompts:,} prompts of `{target}`, to a mean of
+{budget}, depth `{depth}`, seed {seed}. Images are {resolution} pixels a side. A guidance of
 {guidance:g} and 25 steps of PNDM suit the model.
 
 The method: [Not All Prompts Are Made Equal](https://arxiv.org/abs/2406.12042), ICLR 2025.
@@ -148,8 +148,7 @@ def model_card(
         method=summary.get("method", "aptp"),
         prompts=prompts,
         target=summary["target"],
-        budget=summary["budget"],
-        counted="latency" if "latency" in summary else "MACs",
+        budget=budget_text(summary),
         depth=settings["depth"],
         seed=settings["seed"],
         resolution=summary["resolution"],

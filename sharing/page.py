@@ -29,7 +29,7 @@ from common.files import one_line, read_json
 from common.options import read_options
 from common.processes import pick_device
 from common.ranges import Range, check
-from evaluation.tables import latency_line
+from evaluation.tables import budget_text, latency_line
 from run import load_split, newest_run, read_run
 from sample import APTPPipeline, check_prompt
 from settings import Precision
@@ -214,9 +214,7 @@ def about_model(model: Shown) -> str:
     """The page's first lines."""
     summary, experts = model.summary, model.experts
     count = f"{len(experts)} experts" if len(experts) > 1 else f"expert {min(experts)}"
-    counted = "latency" if "latency" in summary else "MACs"
-    name = html.escape(Path(summary["teacher"]).name)
-    line = f"## {name} at {summary['budget']:g} of its {counted}\n"
+    line = f"## {html.escape(Path(summary['teacher']).name)} at {budget_text(summary)}\n"
     return f"{line}{count}, pruned on {html.escape(str(Path(summary['target']).name))}."
 
 

@@ -89,6 +89,21 @@ def test_distances_alone_do_not_replace_scored_images(kept):
         assert distance() == expected
 
 
+def test_a_cell_with_fewer_sets_of_images_does_not_replace_one_with_more(kept):
+    """Such as wrong experts' images, in a folder of their own."""
+    finish(kept / "wrong" / "compare-emoji-0.5", "aptp", 0, 0.1)
+    path = kept / "wrong" / "compare-emoji-0.5" / "aptp-0@cut" / "cell.json"
+    cell = read_json(path)
+    cell["scores"] += [row | {"method": "aptp-exchanged"} for row in cell["scores"]]
+    cell["scores"][0]["captions"]["r5"] = [1.0, 0.0]  # which is not compared
+    write_json(path, cell)
+    finish(kept / "z" / "compare-emoji-0.5", "aptp", 0, 0.2)
+    assert results.keep(kept) == 1
+    (found,) = results.kept_cells().values()
+    assert [row["distance"] for row in found["scores"]] == [0.1] * 4
+    assert set(found["scores"][0]["captions"]) == {"distance", "r1"}
+
+
 def test_a_table_that_does_not_exist_is_refused(kept):
     with pytest.raises(UserError, match=r"--keep runs"):
         results.filled("")

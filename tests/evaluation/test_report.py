@@ -557,6 +557,7 @@ def test_a_budget_of_time_is_told_expert_by_expert(tmp_path):
     timed = dataclasses.replace(inputs, summary=summary)
     page = Page(report.write_report(tmp_path, timed).read_text(encoding="utf-8"))
     words = " ".join("".join(page.words).split())
+    assert "".join(page.words).count("at 0.7 of the latency") == 2
     assert "0.5120 (budget 0.7, measured), of 20 ms a forward on NVIDIA X, fp16, batch 2" in words
     cells = report.latency_table(summary).cells
     assert cells[0][2:] == ["0.550", "11.5", "11", "+4.5%"]

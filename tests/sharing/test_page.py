@@ -103,9 +103,9 @@ def test_a_latency_is_shown_where_the_run_has_it(model):
         for row in model.summary["experts"]
     ]
     budgeted = {"experts": experts, "latency": {}}
-    assert "of its MACs" in about_model(model)
+    assert "of the MACs" in about_model(model)
     model = type(model)(**{**model.__dict__, "summary": model.summary | budgeted})
-    assert "of its latency" in about_model(model)
+    assert "of the latency" in about_model(model)
     assert "12.3 ms, measured" in next(compare(model, "a dog", *HOW))[0]
 
 

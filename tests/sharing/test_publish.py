@@ -114,7 +114,7 @@ def test_the_card_has_the_latency_and_the_samples_of_a_run_that_has_them(place, 
     card = (out / "README.md").read_text()
     assert all(f"| 0.60 | {t} |" in card for t in ("12.3 ms, measured", "13.5 ms, predicted"))
     assert "of 20 ms a forward on a GPU, bf16" in card and "(samples.webp)" in card
-    assert "of\nthe latency, depth" in card
+    assert "of the latency, depth" in card
     with Image.open(out / "samples.webp") as image:
         assert image.size == (1000, 500)
 
